@@ -1,0 +1,131 @@
+"""What all LightningModules of the zoo have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from zoo.configs import to_json
+from zoo.tasks.optimization import OptimizerConfig, build_optimizer
+
+__all__ = ["Measurement", "ZooModule", "compile_network"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A metric as sums over sampling units, so that an interval can be computed from it.
+
+    The value is `sums.sum() / counts.sum()`. Units (blocks of text, images, users) are what is
+    resampled; each sample is counted in exactly one of them.
+
+    Attributes:
+        metric: name of the metric.
+        unit: what one sample is ("character", "image").
+        sums: one float64 per unit.
+        counts: samples per unit, int64.
+        kind: "mean" of real values, or "proportion" of zeros and ones.
+    """
+
+    metric: str
+    unit: str
+    sums: Tensor
+    counts: Tensor
+    kind: Literal["mean", "proportion"] = "mean"
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return int(self.counts.sum())
+
+    @property
+    def value(self) -> float:
+        """The metric over all samples."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+class ZooModule(pl.LightningModule):
+    """Base of the zoo's LightningModules: a network, how it is trained, and how it is measured.
+
+    Subclasses set the class attributes, build `network` in their constructor, whose arguments
+    `network` and `optimizer` are the two frozen configurations, and implement `training_step`,
+    `validation_step`, `measure` and `predict`. The state dict of `network` is what a checkpoint
+    folder holds.
+    """
+
+    network_config: ClassVar[type[Any]]
+    """Frozen dataclass of the network's arguments."""
+    head_parameters: ClassVar[tuple[str, ...]] = ()
+    """Names of the network's tensors that a head swap replaces."""
+    protocols: ClassVar[Mapping[str, str]] = {}
+    """Evaluation protocols by name, with what they do; the first is the primary one."""
+
+    network: nn.Module
+    load_report: Any = None
+    """Set by `zoo.load`: what was loaded, dropped and initialised."""
+
+    def __init__(self, network: Any, optimizer: OptimizerConfig, compile: bool = False) -> None:
+        super().__init__()
+        self.config = network
+        self.optimizer_config = optimizer
+        self.compile_network = compile
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What turns a user's input into tensors; plain JSON, kept in `config.json`."""
+        return {}
+
+    def measure(self, datamodule: pl.LightningDataModule, protocol: str) -> Measurement:
+        """Measure the network by one of `protocols`; each sample is counted exactly once."""
+        raise NotImplementedError(f"{type(self).__name__} has no evaluation protocol {protocol!r}")
+
+    def configure_optimizers(self) -> Any:
+        total = int(self.trainer.estimated_stepping_batches)
+        return build_optimizer(self.network, self.optimizer_config, total)
+
+    def on_fit_start(self) -> None:
+        if self.compile_network:
+            compile_network(self.network)
+
+    def on_train_epoch_start(self) -> None:
+        # Dropout then depends on (seed, epoch, process) alone, and a run that is resumed at an
+        # epoch boundary draws what the uninterrupted run draws.
+        base = torch.initial_seed() if not hasattr(self, "_fit_seed") else self._fit_seed
+        self._fit_seed = base
+        mixed = (base * 1_000_003 + self.current_epoch * 1_009 + self.global_rank) % 2**63
+        torch.manual_seed(mixed)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Plain JSON: the file stays loadable with weights_only=True and says how to rebuild.
+        checkpoint["zoo_network"] = to_json(self.config)
+        checkpoint["zoo_seed"] = getattr(self, "_fit_seed", None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("zoo_seed") is not None:
+            self._fit_seed = checkpoint["zoo_seed"]
+
+
+def compile_network(network: nn.Module) -> bool:
+    """Compile the repeated blocks of a network in place, where a compiler is at hand.
+
+    Compiling the blocks (`network.blocks`, else its children) costs one compilation of each kind,
+    and leaves parameter names as they are.
+
+    Returns:
+        Whether the network was compiled.
+    """
+    compilers: Sequence[str] = ("cl",) if sys.platform == "win32" else ("c++", "g++", "clang++")
+    on_cpu = all(p.device.type == "cpu" for p in network.parameters())
+    if on_cpu and not any(shutil.which(name) for name in compilers):
+        warnings.warn("No C++ compiler was found; training goes on uncompiled.", stacklevel=2)
+        return False
+    for block in getattr(network, "blocks", network.children()):
+        block.compile()
+    return True

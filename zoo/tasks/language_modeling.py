@@ -1,0 +1,354 @@
+"""Language modelling over bytes: training on streams, generation, and scoring of texts."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from zoo.data.text import START, StreamBatch, TextDataModule, encode_bytes
+from zoo.errors import DataError, ZooError
+from zoo.families.cached_transformers import (
+    CachedTransformerLM,
+    CachedTransformerLMConfig,
+    LanguageModelState,
+)
+from zoo.tasks.base import Measurement, ZooModule
+from zoo.tasks.optimization import OptimizerConfig
+
+__all__ = ["LanguageModel", "TextScore", "TextStream", "sample_token"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextScore:
+    """How likely a text is under a model.
+
+    Attributes:
+        text: the text.
+        n: bytes of it; each was predicted once, the first after a line feed.
+        log_likelihood: natural logarithm of its probability.
+    """
+
+    text: str
+    n: int
+    log_likelihood: float
+
+    @property
+    def nats_per_byte(self) -> float:
+        """Mean negative log-likelihood of a byte, natural logarithm."""
+        return -self.log_likelihood / self.n
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same in bits."""
+        return self.nats_per_byte / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of `nats_per_byte`."""
+        return math.exp(self.nats_per_byte)
+
+
+def sample_token(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Draw tokens from B x V logits; B integers.
+
+    Args:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens.
+        top_p: keep the likeliest tokens whose probability, after temperature and `top_k`, reaches
+            p together (nucleus sampling, arXiv:1904.09751); at least one.
+        generator: source of randomness; None for the global one.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest_kept = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, index = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+        before[..., 0] = 0.0
+        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, index, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+class TextStream(Iterator[str]):
+    """Text that is written while it is iterated over; `state` and `text` tell how far it is.
+
+    Made by `LanguageModel.stream`.
+
+    Attributes:
+        text: what has been written so far, without the prompt.
+        state: what the model remembers after `text`; hand it to the next call to go on.
+    """
+
+    def __init__(
+        self, model: LanguageModel, prompt: Tensor, state: LanguageModelState | None, **sampling: Any
+    ) -> None:
+        self._model, self._prompt, self.state, self._sampling = model, prompt, state, sampling
+        self._left: int = sampling.pop("max_new_tokens")
+        seed = sampling.pop("seed")
+        self._generator = None
+        if seed is not None:
+            self._generator = torch.Generator(model.device).manual_seed(seed)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._pending = prompt.to(model.device).long()[None]
+        self.text = ""
+
+    def __iter__(self) -> TextStream:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> str:
+        while self._left > 0:
+            self._left -= 1
+            logits, self.state = self._model.network(self._pending, self.state)
+            token = sample_token(logits[:, -1], generator=self._generator, **self._sampling)
+            self._pending = token[:, None]
+            if self._left == 0:
+                # The state is to hold all of the text, so that the next call can go on after it.
+                _, self.state = self._model.network(self._pending, self.state)
+            piece = self._decoder.decode(bytes(token.tolist()), final=self._left == 0)
+            if piece:  # empty in the middle of a character of several bytes
+                self.text += piece
+                return piece
+        raise StopIteration
+
+
+class LanguageModel(ZooModule):
+    """A language model over bytes.
+
+    Args:
+        network: shape of the network.
+        optimizer: how it is trained.
+        detach_every: segments after which the gradient through the memory is cut, within a
+            training step; None: only between steps.
+        compile: compile the network's blocks for training.
+    """
+
+    network_config: ClassVar[type[Any]] = CachedTransformerLMConfig
+    head_parameters: ClassVar[tuple[str, ...]] = ("head.weight",)
+    protocols: ClassVar[dict[str, str]] = {
+        "stream": "the whole text in order, memory carried along, every character counted once",
+        "blocks": "independent blocks of one segment without memory (the protocol of nanoGPT)",
+    }
+
+    network: CachedTransformerLM
+
+    def __init__(
+        self,
+        network: CachedTransformerLMConfig = CachedTransformerLMConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        detach_every: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(network, optimizer, compile)
+        self.network = CachedTransformerLM(network)
+        self.detach_every = detach_every
+        self.val_loss = MeanMetric()
+        self._stream_state: LanguageModelState | None = None
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return {"tokenizer": "bytes", "start": START}
+
+    # ---------------------------------------------------------------- training
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._stream_state = None
+
+    def training_step(self, batch: StreamBatch, batch_idx: int) -> Tensor:
+        """Mean negative log-likelihood of a byte, in nats."""
+        tokens, reset = batch
+        state = self._stream_state
+        if state is not None:
+            state = state.reset(reset)
+        logits, state = self.network(tokens[:, :-1], state, detach_every=self.detach_every)
+        self._stream_state = state.detach()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: StreamBatch, batch_idx: int) -> None:
+        losses = self._losses(batch.tokens, None)[0]
+        self.val_loss.update(losses.double().mean(), losses.numel())
+        self.log("val_loss", self.val_loss, prog_bar=True)
+
+    def _losses(
+        self, tokens: Tensor, state: LanguageModelState | None
+    ) -> tuple[Tensor, LanguageModelState]:
+        """Negative log-likelihood of tokens 1.. given those before, B x (n - 1), in nats."""
+        logits, state = self.network(tokens[:, :-1], state)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
+        return losses, state
+
+    # -------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def measure(self, datamodule: TextDataModule, protocol: str) -> Measurement:  # type: ignore[override]
+        """Nats per character of the validation text, by one of `protocols`.
+
+        Sampling units are blocks of one segment.
+
+        Raises:
+            ZooError: there is no such protocol.
+        """
+        if protocol not in self.protocols:
+            raise ZooError(
+                f"Unknown protocol {protocol!r}; choose one of {', '.join(self.protocols)}."
+            )
+        datamodule.setup()
+        sums, counts = [], []
+        if protocol == "blocks":
+            for batch in datamodule.val_dataloader():
+                losses = self._losses(batch.tokens.to(self.device), None)[0]
+                sums.append(losses.double().sum(1).cpu())
+                counts.append(torch.full((len(losses),), losses.shape[1]))
+            expected = len(datamodule.validation_text) - 1
+        else:
+            text = datamodule.validation_text.long()
+            expected = len(text)
+            for losses in self._stream_losses(text):
+                sums.append(losses.double().sum().cpu()[None])
+                counts.append(torch.tensor([losses.numel()]))
+        measurement = Measurement(
+            metric="nats_per_character",
+            unit="character",
+            sums=torch.cat(sums),
+            counts=torch.cat(counts),
+        )
+        if measurement.n != expected:
+            raise AssertionError(f"counted {measurement.n} characters of {expected}")
+        return measurement
+
+    def _stream_losses(
+        self, text: Tensor, state: LanguageModelState | None = None
+    ) -> Iterator[Tensor]:
+        """Losses of one text in order, a segment at a time; the first byte follows `START`."""
+        segment = self.config.segment
+        tokens = torch.cat((torch.tensor([START]), text)).to(self.device)
+        for start in range(0, len(text), segment):
+            losses, state = self._losses(tokens[None, start : start + segment + 1], state)
+            yield losses[0]
+
+    # ------------------------------------------------------------------- usage
+
+    @torch.no_grad()
+    def predict(self, texts: str | Sequence[str]) -> list[TextScore]:
+        """Log-likelihood and perplexity of texts, each on its own, memory included.
+
+        Args:
+            texts: one text or several, of any length.
+
+        Raises:
+            DataError: a text is empty or not a string.
+        """
+        scores = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            if not isinstance(text, str):
+                raise DataError(f"predict takes texts, got {type(text).__name__}.")
+            if not text:
+                raise DataError("predict got an empty text; there is nothing to score.")
+            tokens = encode_bytes(text).long()
+            total = sum(float(losses.double().sum()) for losses in self._stream_losses(tokens))
+            scores.append(TextScore(text=text, n=len(tokens), log_likelihood=-total))
+        return scores
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 300,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        state: LanguageModelState | None = None,
+    ) -> str:
+        """Continue a text.
+
+        Args:
+            prompt: what comes before.
+            max_new_tokens: bytes to write.
+            temperature: randomness; 0 takes the likeliest byte each time.
+            top_k: choose among the k likeliest bytes; None for all.
+            top_p: choose among the likeliest bytes that reach probability p together.
+            seed: makes the result repeatable; None draws from the global generator.
+            state: the `state` of an earlier `TextStream`, which the prompt then goes on from.
+
+        Returns:
+            The new text, without the prompt.
+
+        Raises:
+            ZooError: the prompt is empty or an option is out of range.
+        """
+        return "".join(
+            self.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                state=state,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 300,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        state: LanguageModelState | None = None,
+    ) -> TextStream:
+        """As `generate`, but an iterator over pieces of text as they are written."""
+        _check_sampling(prompt, max_new_tokens, temperature, top_k, top_p)
+        tokens = encode_bytes(prompt)
+        if state is None:
+            tokens = torch.cat((torch.tensor([START], dtype=torch.uint8), tokens))
+        return TextStream(
+            self,
+            tokens,
+            state,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+
+
+def _check_sampling(
+    prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if not isinstance(prompt, str) or not prompt:
+        raise ZooError("The prompt is empty; give at least one character to continue from.")
+    if max_new_tokens < 1:
+        raise ZooError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ZooError(f"temperature must be 0 (greedy) or positive, got {temperature}.")
+    if top_k is not None and top_k < 1:
+        raise ZooError(f"top_k must be at least 1, got {top_k}.")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ZooError(f"top_p must be in (0, 1], got {top_p}.")

@@ -1,0 +1,74 @@
+"""Optimizers and learning rate schedules, chosen by plain configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import timm.optim
+import torch
+from torch import nn
+
+__all__ = ["OptimizerConfig", "build_optimizer", "schedule_factor"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optimizer of timm with warm-up and decay per step.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """AdamW; Muon (matrices by orthogonalised momentum, the rest by AdamW); SGD (Nesterov)."""
+    lr: float = 1e-3
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; not applied to vectors or to what the network exempts."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay from the peak to zero, over all steps."""
+    warmup_steps: int = 50
+    """Steps of linear growth from zero at the beginning."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+
+
+def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate at `step` (0, 1, ...) over the peak."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    progress = min(step / max(total_steps, 1), 1.0)
+    if config.schedule == "linear":
+        return warm * (1.0 - progress)
+    if config.schedule == "cosine":
+        return warm * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return warm
+
+
+def build_optimizer(network: nn.Module, config: OptimizerConfig, total_steps: int) -> dict[str, Any]:
+    """Optimizer and per-step schedule of a network, as Lightning's `configure_optimizers` wants.
+
+    Args:
+        network: its `no_weight_decay()`, where there is one, names parameters that do not decay.
+        config: what to build.
+        total_steps: optimizer steps of the whole training.
+    """
+    optimizer = timm.optim.create_optimizer_v2(
+        network,
+        opt=config.name,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        # Orthogonalised updates suit maps between features, not tables that are looked up.
+        fallback_no_weight_decay=config.name == "muon",
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule_factor(config, step, total_steps)
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
