@@ -1,0 +1,385 @@
+"""Training from a recipe: LightningCLI underneath, plain keys and one run folder on top.
+
+A recipe is YAML with a `zoo:` block (`architecture`, `data`, and the `weight` it is for) beside the
+`seed_everything`, `trainer`, `model` and `data` of LightningCLI. Architectures and data modules
+are named from closed lists; a recipe of this project never names a class.
+
+A run folder holds `recipe.yaml` (resolved, usable as is), `metrics.csv`, `last.ckpt` to resume
+from, and, when training has finished, `checkpoint/`, an ordinary checkpoint folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
+from zoo.registry import architecture
+
+__all__ = ["DATA_MODULES", "Recipe", "Run", "fit", "find_recipe", "instantiate", "read_recipe"]
+
+DATA_MODULES: dict[str, str] = {
+    "text": "zoo.data.text:TextDataModule",
+}
+"""Data modules that a recipe can name."""
+
+_SECTIONS = ("zoo", "seed_everything", "trainer", "model", "data")
+_ZOO_KEYS = ("architecture", "data", "weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe as read: which classes it is for, and the options for LightningCLI.
+
+    Attributes:
+        architecture: name of an architecture.
+        data: key of `DATA_MODULES`.
+        weight: name of the weight that the recipe made, or "" for none.
+        options: sections `seed_everything`, `trainer`, `model`, `data`.
+        path: where it was read.
+    """
+
+    architecture: str
+    data: str
+    weight: str
+    options: dict[str, Any]
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished training.
+
+    Attributes:
+        module: the trained LightningModule, in eval mode.
+        datamodule: what it was trained on.
+        folder: the run folder.
+        checkpoint: the checkpoint folder in it.
+        cpu_minutes: processor time of this process over all parts of the run, in minutes.
+        wall_minutes: time that passed, likewise.
+    """
+
+    module: Any
+    datamodule: Any
+    folder: Path
+    checkpoint: Path
+    cpu_minutes: float
+    wall_minutes: float
+
+
+def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
+    """Path of a recipe: a file, or the name of one that comes with the package.
+
+    Raises:
+        UnknownNameError: there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    folders = recipe_folders()
+    known = {}
+    for folder in folders:
+        for file in folder.rglob("*.yaml"):
+            known[file.relative_to(folder).with_suffix("").as_posix()] = file
+    name = str(name_or_path).removesuffix(".yaml")
+    for candidate in (name, name.removeprefix("recipes/")):
+        if candidate in known:
+            return known[candidate]
+    raise UnknownNameError(
+        f"No recipe {str(name_or_path)!r}: neither a file nor one of the package's."
+        f"{nearest(name, known)}"
+    )
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are: the source checkout, else inside the installed package."""
+    package = Path(__file__).parent
+    return [f for f in (package.parent / "recipes", package / "_recipes") if f.is_dir()][:1]
+
+
+def read_recipe(
+    name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides.
+
+    Args:
+        name_or_path: a file or the name of a recipe of the package.
+        overrides: values in YAML, as in `data.path=my.txt` or `trainer.max_epochs=3`.
+
+    Raises:
+        ConfigError: the file is no recipe, or an override is malformed.
+        UnknownNameError: no such recipe, architecture or data module.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} is not readable YAML: {reason}") from None
+    if not isinstance(values, Mapping) or not isinstance(values.get("zoo"), Mapping):
+        raise ConfigError(f"{path} is no recipe: it has no section 'zoo' with an architecture.")
+    values = json.loads(json.dumps(values))
+    for override in overrides:
+        _apply(values, override)
+    header = values.pop("zoo")
+    for key in values:
+        if key not in _SECTIONS:
+            raise ConfigError(f"{path}: unknown section {key!r}.{nearest(key, _SECTIONS)}")
+    for key in header:
+        if key not in _ZOO_KEYS:
+            raise ConfigError(f"{path}: unknown key zoo.{key}.{nearest(key, _ZOO_KEYS)}")
+    for key in ("architecture", "data"):
+        if not isinstance(header.get(key), str):
+            raise ConfigError(f"{path}: section 'zoo' needs {key!r}.")
+    architecture(header["architecture"])
+    if header["data"] not in DATA_MODULES:
+        raise UnknownNameError(
+            f"{path}: unknown data module {header['data']!r}.{nearest(header['data'], DATA_MODULES)}"
+            f" There are: {', '.join(DATA_MODULES)}."
+        )
+    return Recipe(
+        architecture=header["architecture"],
+        data=header["data"],
+        weight=header.get("weight") or "",
+        options=values,
+        path=path,
+    )
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"Cannot read {override!r}; write section.key=value, as data.path=my.txt.")
+    if parts[0] not in _SECTIONS:
+        raise ConfigError(f"Unknown section {parts[0]!r} in {override!r}.{nearest(parts[0], _SECTIONS)}"
+                          f" There are: {', '.join(_SECTIONS)}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"Cannot read the value in {override!r} as YAML.") from None
+    if isinstance(value, str):
+        # YAML 1.1 takes 1e-3 for a string; people mean a number.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    node = values
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {part!r} is a value, not a section.")
+        node = child
+    node[parts[-1]] = value
+
+
+def _import(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def instantiate(recipe: Recipe, **trainer: Any) -> Any:
+    """LightningCLI of a recipe, with model, data module and trainer built and nothing run.
+
+    Args:
+        recipe: what `read_recipe` gave.
+        trainer: default trainer arguments that the recipe may override.
+
+    Raises:
+        ConfigError: an option is unknown or has a wrong value.
+    """
+    from lightning.pytorch.cli import LightningCLI
+
+    class CLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            parser.exit_on_error = False
+
+    module_class = architecture(recipe.architecture).module_class()
+    data_class = _import(DATA_MODULES[recipe.data])
+    try:
+        return CLI(
+            module_class,
+            data_class,
+            args=recipe.options,
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults=trainer,
+            parser_kwargs={"exit_on_error": False},
+        )
+    except ZooError:
+        raise
+    except Exception as error:  # jsonargparse raises its own and passes on the classes' errors
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ZooError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise ConfigError(f"{recipe.path}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) if lines else type(error).__name__
+
+
+def fit(
+    recipe: str | os.PathLike[str] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> Run:
+    """Train from a recipe and write a checkpoint folder.
+
+    Args:
+        recipe: a file, the name of a recipe of the package, or one that was read.
+        overrides: `section.key=value`, see `read_recipe`; not together with a `Recipe`.
+        out: run folder; None: `runs/<name of the recipe>`.
+        resume: go on from `last.ckpt` in the run folder, where there is one. At an epoch boundary
+            the result equals that of an uninterrupted run bit for bit on a CPU.
+
+    Raises:
+        ConfigError: the recipe is not usable, or differs from the one that is resumed.
+        DataError: the data are missing or too small.
+        ZooError: the run folder holds a run and `resume` is False, or cannot be written.
+    """
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import CSVLogger
+
+    from zoo import checkpoints
+
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe, overrides)
+    folder = Path("runs") / recipe.path.stem if out is None else Path(out)
+    last = folder / "last.ckpt"
+    if last.exists() and not resume:
+        raise ZooError(
+            f"{folder} holds an earlier run; add --resume to go on with it, or choose another "
+            "--out folder."
+        )
+    with warnings.catch_warnings():
+        _quieten()
+        cli = instantiate(recipe, callbacks=_callbacks(folder), num_sanity_val_steps=0)
+        resolved = _resolved(cli, recipe)
+        if last.exists():
+            _check_same(resolved, folder / "recipe.yaml")
+        cli.datamodule.setup("fit")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_atomically(folder / "recipe.yaml", _to_yaml(resolved))
+        except OSError as error:
+            raise ZooError(f"Cannot write the run folder {folder}: {error.strerror}.") from None
+        part = len(list((folder / "logs").glob("part_*")))
+        if cli.trainer.logger is not None:
+            cli.trainer.logger = CSVLogger(folder, name="logs", version=f"part_{part}")
+        cli.trainer.fit(
+            cli.model,
+            datamodule=cli.datamodule,
+            ckpt_path=str(last) if last.exists() else None,
+            weights_only=True,
+        )
+    if cli.trainer.interrupted:
+        raise ZooError(f"Interrupted; go on with: zoo fit {recipe.path} --out {folder} --resume")
+    cli.model.eval()
+    checkpoint = folder / "checkpoint"
+    if cli.trainer.is_global_zero:
+        checkpoints.save(cli.model, checkpoint, recipe=_to_yaml(resolved))
+    watch = next(c for c in cli.trainer.callbacks if type(c).__name__ == "Stopwatch")
+    assert isinstance(cli.trainer, pl.Trainer)
+    return Run(
+        module=cli.model,
+        datamodule=cli.datamodule,
+        folder=folder,
+        checkpoint=checkpoint,
+        cpu_minutes=watch.cpu_s / 60,
+        wall_minutes=watch.wall_s / 60,
+    )
+
+
+def _callbacks(folder: Path) -> list[Any]:
+    import sys
+
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+
+    class Stopwatch(Callback):
+        """Processor and wall time of the training, kept in the checkpoint over interruptions."""
+
+        def __init__(self) -> None:
+            self.cpu_s = self.wall_s = 0.0
+            self._cpu = self._wall = 0.0
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            self._cpu, self._wall = time.process_time(), time.perf_counter()
+
+        def _lap(self) -> None:
+            cpu, wall = time.process_time(), time.perf_counter()
+            self.cpu_s, self.wall_s = self.cpu_s + cpu - self._cpu, self.wall_s + wall - self._wall
+            self._cpu, self._wall = cpu, wall
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            self._lap()
+
+        def state_dict(self) -> dict[str, float]:
+            self._lap()
+            return {"cpu_s": self.cpu_s, "wall_s": self.wall_s}
+
+        def load_state_dict(self, state: dict[str, float]) -> None:
+            self.cpu_s, self.wall_s = state["cpu_s"], state["wall_s"]
+
+    on_terminal = sys.stderr.isatty()
+    return [
+        # Without a monitored value the newest checkpoint replaces the one before.
+        ModelCheckpoint(
+            dirpath=folder, filename="last", save_top_k=1, enable_version_counter=False
+        ),
+        TQDMProgressBar(refresh_rate=1 if on_terminal else 50),
+        Stopwatch(),
+    ]
+
+
+def _quieten() -> None:
+    """Hide advice that does not apply: data are in memory, and runs are resumed on purpose."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:
+    config = yaml.safe_load(cli.parser.dump(cli.config))
+    header = {"architecture": recipe.architecture, "data": recipe.data}
+    if recipe.weight:
+        header["weight"] = recipe.weight
+    return {"zoo": header, **{key: config[key] for key in _SECTIONS if key in config}}
+
+
+def _check_same(resolved: dict[str, Any], path: Path) -> None:
+    if not path.is_file():
+        return
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section in ("zoo", "seed_everything", "model", "data"):
+        if before.get(section) != resolved.get(section):
+            raise ConfigError(
+                f"Section {section!r} differs from that of the run in {path.parent}; resume with "
+                f"the same options, or choose another --out folder."
+            )
+
+
+def _to_yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
