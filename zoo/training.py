@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
+import inspect
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from zoo.cards import shipped_folder
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
 from zoo.registry import architecture
 
-__all__ = ["DATA_MODULES", "Recipe", "Run", "fit", "find_recipe", "instantiate", "read_recipe"]
+__all__ = ["DATA_MODULES", "Recipe", "Run", "data_module", "find_recipe", "fit", "instantiate", "read_recipe"]
 
 DATA_MODULES: dict[str, str] = {
     "text": "zoo.data.text:TextDataModule",
@@ -33,7 +34,7 @@ DATA_MODULES: dict[str, str] = {
 """Data modules that a recipe can name."""
 
 _SECTIONS = ("zoo", "seed_everything", "trainer", "model", "data")
-_ZOO_KEYS = ("architecture", "data", "weight")
+_ZOO_KEYS = ("architecture", "data", "weight", "base", "name", "differs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Recipe:
         architecture: name of an architecture.
         data: key of `DATA_MODULES`.
         weight: name of the weight that the recipe made, or "" for none.
+        name, differs: of a control: what it is called, and in what it differs from the model.
         options: sections `seed_everything`, `trainer`, `model`, `data`.
         path: where it was read.
     """
@@ -53,6 +55,8 @@ class Recipe:
     weight: str
     options: dict[str, Any]
     path: Path
+    name: str = ""
+    differs: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,11 +89,10 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    folders = recipe_folders()
-    known = {}
-    for folder in folders:
-        for file in folder.rglob("*.yaml"):
-            known[file.relative_to(folder).with_suffix("").as_posix()] = file
+    folder = shipped_folder("recipes")
+    known = {
+        file.relative_to(folder).with_suffix("").as_posix(): file for file in folder.rglob("*.yaml")
+    }
     name = str(name_or_path).removesuffix(".yaml")
     for candidate in (name, name.removeprefix("recipes/")):
         if candidate in known:
@@ -98,12 +101,6 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
         f"No recipe {str(name_or_path)!r}: neither a file nor one of the package's."
         f"{nearest(name, known)}"
     )
-
-
-def recipe_folders() -> list[Path]:
-    """Where recipes are: the source checkout, else inside the installed package."""
-    package = Path(__file__).parent
-    return [f for f in (package.parent / "recipes", package / "_recipes") if f.is_dir()][:1]
 
 
 def read_recipe(
@@ -120,14 +117,7 @@ def read_recipe(
         UnknownNameError: no such recipe, architecture or data module.
     """
     path = find_recipe(name_or_path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} is not readable YAML: {reason}") from None
-    if not isinstance(values, Mapping) or not isinstance(values.get("zoo"), Mapping):
-        raise ConfigError(f"{path} is no recipe: it has no section 'zoo' with an architecture.")
-    values = json.loads(json.dumps(values))
+    values = _read_yaml(path)
     for override in overrides:
         _apply(values, override)
     header = values.pop("zoo")
@@ -152,7 +142,36 @@ def read_recipe(
         weight=header.get("weight") or "",
         options=values,
         path=path,
+        name=header.get("name") or "",
+        differs=header.get("differs") or "",
     )
+
+
+def _read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Values of a recipe, on top of those of the recipe beside it that `zoo.base` names."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} is not readable YAML: {reason}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("zoo"), dict):
+        raise ConfigError(f"{path} is no recipe: it has no section 'zoo' with an architecture.")
+    base = values["zoo"].pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or Path(base).name != base or base in (*above, path.name):
+        raise ConfigError(f"{path}: zoo.base must be the name of another file in its folder.")
+    if not (path.parent / base).is_file():
+        raise ConfigError(f"{path}: its base {base} is not in {path.parent}.")
+    return _merge(_read_yaml(path.parent / base, (*above, path.name)), values)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -227,6 +246,30 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
         raise ConfigError(f"{recipe.path}: {_first_line(error)}") from error
 
 
+def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -> Any:
+    """The data module of a recipe, on its own.
+
+    Args:
+        recipe: what `read_recipe` gave.
+        data_dir: folder to look for the data in first.
+
+    Raises:
+        ConfigError: an option of the section `data` is unknown or has a wrong value.
+    """
+    options = dict(recipe.options.get("data", {}))
+    if data_dir is not None:
+        options["data_dir"] = os.fspath(data_dir)
+    data_class = _import(DATA_MODULES[recipe.data])
+    known = inspect.signature(data_class).parameters
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{recipe.path}: unknown option data.{key}.{nearest(key, known)}")
+    try:
+        return data_class(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{recipe.path}: {error}") from None
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3]) if lines else type(error).__name__
@@ -255,8 +298,6 @@ def fit(
     """
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
-
-    from zoo import checkpoints
 
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
@@ -290,6 +331,8 @@ def fit(
         )
     if cli.trainer.interrupted:
         raise ZooError(f"Interrupted; go on with: zoo fit {recipe.path} --out {folder} --resume")
+    from zoo import checkpoints
+
     cli.model.eval()
     checkpoint = folder / "checkpoint"
     if cli.trainer.is_global_zero:
@@ -358,8 +401,9 @@ def _quieten() -> None:
 def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:
     config = yaml.safe_load(cli.parser.dump(cli.config))
     header = {"architecture": recipe.architecture, "data": recipe.data}
-    if recipe.weight:
-        header["weight"] = recipe.weight
+    for key in ("weight", "name", "differs"):
+        if getattr(recipe, key):
+            header[key] = getattr(recipe, key)
     return {"zoo": header, **{key: config[key] for key in _SECTIONS if key in config}}
 
 

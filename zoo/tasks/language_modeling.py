@@ -20,6 +20,7 @@ from zoo.families.cached_transformers import (
     CachedTransformerLMConfig,
     LanguageModelState,
 )
+from zoo.progress import track
 from zoo.tasks.base import Measurement, ZooModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -217,7 +218,7 @@ class LanguageModel(ZooModule):
         datamodule.setup()
         sums, counts = [], []
         if protocol == "blocks":
-            for batch in datamodule.val_dataloader():
+            for batch in track(datamodule.val_dataloader(), "blocks"):
                 losses = self._losses(batch.tokens.to(self.device), None)[0]
                 sums.append(losses.double().sum(1).cpu())
                 counts.append(torch.full((len(losses),), losses.shape[1]))
@@ -225,7 +226,8 @@ class LanguageModel(ZooModule):
         else:
             text = datamodule.validation_text.long()
             expected = len(text)
-            for losses in self._stream_losses(text):
+            segments = -(-len(text) // self.config.segment)
+            for losses in track(self._stream_losses(text), "stream", segments):
                 sums.append(losses.double().sum().cpu()[None])
                 counts.append(torch.tensor([losses.numel()]))
         measurement = Measurement(

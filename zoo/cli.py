@@ -1,0 +1,400 @@
+"""The `zoo` command: one function per subcommand, each a thin layer over the Python functions.
+
+Exit status: 0 done, 1 a verdict that failed, 2 bad input. Results go to standard output (with
+`--json` as one JSON document), everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from zoo.errors import ZooError, nearest
+
+if TYPE_CHECKING:
+    from zoo.evaluation import Evaluation
+
+__all__ = ["main"]
+
+OK, FAILED, BAD_INPUT = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, with the nearest subcommand."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice" in message and self._subparsers is not None:
+            given = message.partition("'")[2].partition("'")[0]
+            names = [n for a in self._subparsers._actions if a.choices for n in a.choices]
+            message = f"no command {given!r}.{nearest(given, names)}"
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after `zoo`; None: those of this process.
+
+    Returns:
+        The exit status.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except ZooError as error:
+        print(f"zoo: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("zoo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has left (zoo list | head); nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="zoo", description="A model zoo in which every number can be checked.")
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.set_defaults(run=_version)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> _Parser:
+        sub: _Parser = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("list", _list, "list the models")
+    sub.add_argument("include", nargs="*", help="shell wildcards on names")
+    sub.add_argument("--task")
+    sub.add_argument("--family")
+    sub.add_argument("--max-params", type=int)
+
+    sub = command("info", _info, "show the card of a model")
+    sub.add_argument("name")
+
+    sub = command("load-check", _load_check, "load a model and say which tensors were loaded")
+    sub.add_argument("name")
+
+    sub = command("predict", _predict, "score texts: log-likelihood and perplexity")
+    sub.add_argument("name")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", action="append", help="a text; may be repeated")
+    source.add_argument("--file", action="append", help="a text file; may be repeated")
+
+    sub = command("generate", _generate, "continue a text")
+    sub.add_argument("name")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--max-new-tokens", type=int, default=300, help="bytes to write (300)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
+    sub.add_argument("--top-k", type=int)
+    sub.add_argument("--top-p", type=float)
+    sub.add_argument("--seed", type=int, help="makes the text repeatable")
+
+    sub = command("evaluate", _evaluate, "measure a model and compare with its recorded numbers")
+    sub.add_argument("name", help="a weight or a checkpoint folder")
+    sub.add_argument("--data-dir", help="folder to look for the data in first")
+    sub.add_argument("--protocol", action="append", help="only this one; may be repeated")
+    sub.add_argument("--record", action="store_true", help="write the results into the folder")
+
+    sub = command("reproduce", _reproduce, "train from the recipe and compare with the record")
+    _add_run_options(sub, "name")
+    sub.add_argument("--data-dir", help="folder to look for the data in first")
+
+    sub = command("fit", _fit, "train from a recipe")
+    _add_run_options(sub, "recipe")
+
+    sub = command("controls", _controls, "train the controls of a weight and record them")
+    sub.add_argument("name")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    sub.add_argument("--out", help="folder of the runs (runs/controls/NAME)")
+
+    sub = command("convert", _convert, "make a checkpoint folder of a training checkpoint")
+    sub.add_argument("checkpoint", help="last.ckpt of a run folder")
+    sub.add_argument("folder", help="checkpoint folder to write")
+    sub.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+
+    sub = command("card", _card, "show a card, or write its computable fields")
+    sub.add_argument("name")
+    sub.add_argument("--update", action="store_true", help="rewrite from the checkpoint folder")
+    sub.add_argument("--figures", metavar="RUN", help="draw its figures from this run folder")
+    return parser
+
+
+def _add_run_options(sub: argparse.ArgumentParser, what: str) -> None:
+    sub.add_argument(what)
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub.add_argument("--out", help="run folder")
+    sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _version(options: argparse.Namespace) -> int:
+    if options.version:
+        from zoo import __version__
+
+        print(__version__)
+    else:
+        _parser().print_help()
+    return OK
+
+
+def _list(options: argparse.Namespace) -> int:
+    from zoo import cards
+
+    names = cards.list_models(
+        include=options.include or None,
+        task=options.task,
+        family=options.family,
+        max_params=options.max_params,
+    )
+    if options.json:
+        _print_json(names)
+        return OK
+    rows = []
+    for name in names:
+        card = cards.find(name)
+        result = next((r for r in card.results if r.primary), None)
+        shown = "" if result is None else f"{result.value:.4f} {result.unit} ({result.protocol})"
+        rows.append([name, card.task, f"{card.parameters:,}", shown])
+    _table(["name", "task", "parameters", "recorded"], rows)
+    return OK
+
+
+def _info(options: argparse.Namespace) -> int:
+    from zoo import cards
+    from zoo.configs import to_json
+
+    card = cards.find(options.name)
+    if options.json:
+        _print_json({key: value for key, value in to_json(card).items() if key != "body"})
+    else:
+        print(cards.render(card))
+    return OK
+
+
+def _load_check(options: argparse.Namespace) -> int:
+    import zoo
+
+    report = zoo.load(options.name).load_report
+    shown = {
+        "loaded": len(report.loaded),
+        "dropped": list(report.dropped),
+        "initialised": list(report.initialised),
+    }
+    if options.json:
+        _print_json(shown)
+    else:
+        print(f"{options.name}: {shown['loaded']} tensors loaded, {len(report.dropped)} dropped, "
+              f"{len(report.initialised)} initialised")
+    return OK
+
+
+def _load_text_model(name: str) -> Any:
+    import zoo
+    from zoo.tasks.language_modeling import LanguageModel
+
+    module = zoo.load(name)
+    if not isinstance(module, LanguageModel):
+        raise ZooError(f"{name} is no language model; see: zoo list --task language-modeling")
+    return module
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from zoo.data.text import decode_bytes, read_text
+
+    texts = options.text or [decode_bytes(read_text(path)) for path in options.file]
+    scores = _load_text_model(options.name).predict(texts)
+    if options.json:
+        _print_json(
+            [
+                {
+                    "n": score.n,
+                    "log_likelihood": score.log_likelihood,
+                    "nats_per_byte": score.nats_per_byte,
+                    "bits_per_byte": score.bits_per_byte,
+                    "perplexity": score.perplexity,
+                }
+                for score in scores
+            ]
+        )
+        return OK
+    names = options.file or [text if len(text) <= 40 else text[:37] + "..." for text in texts]
+    rows = [
+        [
+            " ".join(name.split()),
+            f"{score.n}",
+            f"{score.log_likelihood:.2f}",
+            f"{score.nats_per_byte:.4f}",
+            f"{score.perplexity:.3f}",
+        ]
+        for name, score in zip(names, scores, strict=True)
+    ]
+    _table(["text", "bytes", "log-likelihood", "nats per byte", "perplexity"], rows)
+    return OK
+
+
+def _generate(options: argparse.Namespace) -> int:
+    stream = _load_text_model(options.name).stream(
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if options.json:
+        _print_json({"prompt": options.prompt, "text": "".join(stream)})
+        return OK
+    print(options.prompt, end="", flush=True)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    return OK
+
+
+def _show(evaluation: Evaluation, as_json: bool) -> int:
+    rows, document = [], []
+    for o in evaluation.outcomes:
+        low, high = o.interval
+        recorded = None if o.recorded is None else o.recorded.value
+        rows.append(
+            [
+                o.protocol,
+                o.metric,
+                f"{o.value:.5f}",
+                f"{low:.4f} to {high:.4f}",
+                f"{o.n:,}",
+                "-" if recorded is None else f"{recorded:.5f}",
+                "-" if o.tolerance is None else f"{o.tolerance:.5f}",
+                o.verdict,
+            ]
+        )
+        document.append(
+            {
+                "protocol": o.protocol,
+                "metric": o.metric,
+                "unit": o.unit,
+                "value": o.value,
+                "interval": list(o.interval),
+                "interval_method": o.interval_method,
+                "n": o.n,
+                "recorded": recorded,
+                "tolerance": o.tolerance,
+                "passed": o.passed,
+            }
+        )
+    if as_json:
+        _print_json({"name": evaluation.name, "passed": evaluation.passed, "outcomes": document})
+    else:
+        header = ["protocol", "metric", "value", "95 % interval", "n"]
+        _table([*header, "recorded", "tolerance", "verdict"], rows)
+        print(f"{evaluation.name}: {evaluation.verdict}")
+    return OK if evaluation.passed else FAILED
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from zoo import evaluation
+
+    if options.record:
+        evaluation.record(options.name)
+    result = evaluation.evaluate(options.name, options.data_dir, protocols=options.protocol)
+    return _show(result, options.json)
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from zoo import evaluation
+
+    result = evaluation.reproduce(
+        options.name,
+        out=options.out,
+        overrides=options.overrides,
+        resume=options.resume,
+        data_dir=options.data_dir,
+    )
+    return _show(result, options.json)
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from zoo import training
+
+    run = training.fit(options.recipe, options.overrides, out=options.out, resume=options.resume)
+    if options.json:
+        _print_json(
+            {
+                "checkpoint": str(run.checkpoint),
+                "cpu_minutes": run.cpu_minutes,
+                "wall_minutes": run.wall_minutes,
+            }
+        )
+    else:
+        print(f"Trained in {run.wall_minutes:.1f} min ({run.cpu_minutes:.1f} CPU min). "
+              f"Checkpoint folder: {run.checkpoint}")
+    return OK
+
+
+def _controls(options: argparse.Namespace) -> int:
+    from zoo import controls
+
+    arms = controls.run(options.name, seeds=options.seeds, out=options.out)
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(arm) for arm in arms])
+        return OK
+    rows = [
+        [
+            arm.name,
+            f"{arm.parameters:,}",
+            arm.result.protocol,
+            f"{arm.result.value:.4f}",
+            "-" if arm.result.seed_spread is None else f"{arm.result.seed_spread:.4f}",
+            arm.speed,
+        ]
+        for arm in arms
+    ]
+    _table(["control", "parameters", "protocol", "value", "seed spread", "speed"], rows)
+    return OK
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from zoo import checkpoints
+
+    checkpoints.convert(options.checkpoint, options.folder, dtype=options.dtype)
+    print(f"Wrote {options.folder}")
+    return OK
+
+
+def _card(options: argparse.Namespace) -> int:
+    from zoo import cards
+
+    if options.figures:
+        from zoo import figures
+
+        for path in figures.draw(cards.find(options.name), options.figures):
+            print(f"Drew {path}", file=sys.stderr)
+    card = cards.update(options.name) if options.update else cards.find(options.name)
+    print(cards.render(card))
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""Train the controls of a weight, and say whether the mechanism earned its place.
+
+The controls of a weight are the recipes in `recipes/controls/<weight>/`; the model itself at the
+same budget is one of them, the one whose recipe the others are based on. Each is trained with each
+seed. Runs that are finished are kept, so the command can be interrupted and repeated, and several
+of it can work on different seeds at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo import evaluation, training
+from zoo.cards import Control, shipped_folder
+from zoo.errors import ZooError
+from zoo.files import read_json, write_json
+from zoo.progress import track
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zoo.tasks.base import Measurement
+
+__all__ = ["find_recipes", "macs_per_token", "paired_difference", "run"]
+
+_OUTCOME = "outcome.json"
+_TIMED_STEPS = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Arm:
+    """All runs of one control under one protocol."""
+
+    recipe: training.Recipe
+    seeds: tuple[int, ...]
+    measurements: tuple[Measurement, ...]
+    cpu_minutes: float
+
+    @property
+    def mean_sums(self) -> Tensor:
+        """Mean over seeds of the sum over each sampling unit."""
+        import torch
+
+        return torch.stack([m.sums for m in self.measurements]).mean(0)
+
+
+def find_recipes(name: str) -> list[Path]:
+    """Recipes of the controls of a weight; the model's own first.
+
+    Raises:
+        ZooError: the weight has no controls.
+    """
+    paths = sorted((shipped_folder("recipes") / "controls" / name).glob("*.yaml"))
+    if not paths:
+        raise ZooError(f"There are no controls for {name!r} under recipes/controls/.")
+    # The recipe that the others are based on is the one that stands alone.
+    return sorted(paths, key=lambda path: "\n  base:" in path.read_text(encoding="utf-8"))
+
+
+def run(
+    name: str,
+    *,
+    seeds: Sequence[int] = (1, 2, 3),
+    out: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Control]:
+    """Train what is missing, and return one `Control` per recipe and protocol.
+
+    Args:
+        name: full name of a weight.
+        seeds: training seeds.
+        out: folder of the runs; None: `runs/controls/<name>`.
+        overrides: `section.key=value`, applied to every control alike.
+
+    Raises:
+        ZooError: there are no controls, or a run is not possible.
+    """
+    folder = Path("runs/controls") / name if out is None else Path(out)
+    recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
+    jobs = [(recipe, seed) for seed in seeds for recipe in recipes]
+    for recipe, seed in track(jobs, "controls"):
+        _train(recipe, seed, folder / recipe.path.stem / f"seed_{seed}", overrides)
+    return collect(name, seeds=seeds, out=folder, overrides=overrides)
+
+
+def collect(
+    name: str,
+    *,
+    seeds: Sequence[int],
+    out: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+) -> list[Control]:
+    """The `Control` records of finished runs; see `run`.
+
+    Raises:
+        ZooError: a run is missing.
+    """
+    folder = Path(out)
+    recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
+    speeds = _speeds(recipes)
+    controls: list[Control] = []
+    for protocol in _protocols(recipes[0]):
+        reference: _Arm | None = None
+        for recipe in recipes:
+            arm = _load_arm(recipe, seeds, folder / recipe.path.stem, protocol)
+            reference = arm if reference is None else reference
+            controls.append(_control(name, arm, protocol, reference, speeds))
+    return controls
+
+
+def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence[str]) -> None:
+    if (folder / _OUTCOME).is_file():
+        return
+    seeded = training.read_recipe(
+        recipe.path, [*overrides, f"seed_everything={seed}", f"data.seed={seed}"]
+    )
+    done = training.fit(seeded, out=folder, resume=True)
+    measured = {}
+    for protocol in done.module.protocols:
+        measurement = done.module.measure(done.datamodule, protocol)
+        measured[protocol] = {
+            "metric": measurement.metric,
+            "unit": measurement.unit,
+            "kind": measurement.kind,
+            "sums": measurement.sums.tolist(),
+            "counts": measurement.counts.tolist(),
+        }
+    write_json(folder / _OUTCOME, {"cpu_minutes": done.cpu_minutes, "measured": measured})
+
+
+def _protocols(recipe: training.Recipe) -> list[str]:
+    from zoo.registry import architecture
+
+    return list(architecture(recipe.architecture).module_class().protocols)
+
+
+def _load_arm(recipe: training.Recipe, seeds: Sequence[int], folder: Path, protocol: str) -> _Arm:
+    import torch
+
+    from zoo.tasks.base import Measurement
+
+    measurements, minutes = [], 0.0
+    for seed in seeds:
+        path = folder / f"seed_{seed}" / _OUTCOME
+        if not path.is_file():
+            raise ZooError(f"The run of {recipe.path.stem} with seed {seed} is missing at {path}.")
+        stored = read_json(path)
+        one: dict[str, Any] = stored["measured"][protocol]
+        measurements.append(
+            Measurement(
+                metric=one["metric"],
+                unit=one["unit"],
+                kind=one["kind"],
+                sums=torch.tensor(one["sums"], dtype=torch.float64),
+                counts=torch.tensor(one["counts"]),
+            )
+        )
+        minutes += float(stored["cpu_minutes"])
+    return _Arm(
+        recipe=recipe,
+        seeds=tuple(seeds),
+        measurements=tuple(measurements),
+        cpu_minutes=minutes,
+    )
+
+
+def paired_difference(
+    a: Tensor, b: Tensor, counts: Tensor
+) -> tuple[float, tuple[float, float]]:
+    """Difference a - b of a metric on the same sampling units, with a paired bootstrap interval.
+
+    Args:
+        a, b: sum over each unit, under the two models.
+        counts: samples per unit.
+    """
+    difference = a - b
+    value = float(difference.sum() / counts.sum())
+    return value, evaluation.bootstrap_interval(difference, counts)
+
+
+def _control(
+    name: str, arm: _Arm, protocol: str, reference: _Arm, speeds: dict[Path, tuple[int, int, float]]
+) -> Control:
+    first = arm.measurements[0]
+    values = [m.value for m in arm.measurements]
+    outcome = evaluation.Outcome(
+        protocol=protocol,
+        metric=first.metric,
+        unit=first.unit,
+        value=statistics.fmean(values),
+        n=first.n,
+        interval=evaluation.bootstrap_interval(arm.mean_sums, first.counts),
+        interval_method=f"bootstrap over {len(first.sums)} blocks of the mean over seeds",
+    )
+    result = evaluation.as_result(
+        outcome,
+        arm.recipe,
+        seeds=arm.seeds,
+        seed_spread=statistics.stdev(values) if len(values) > 1 else None,
+        command=f"zoo controls {name}",
+        cpu_minutes=arm.cpu_minutes,
+    )
+    difference, interval = None, None
+    if arm is not reference:
+        difference, interval = paired_difference(arm.mean_sums, reference.mean_sums, first.counts)
+    parameters, macs, speed = speeds[arm.recipe.path]
+    return Control(
+        name=arm.recipe.name,
+        differs=arm.recipe.differs,
+        recipe=f"controls/{name}/{arm.recipe.path.name}",
+        parameters=parameters,
+        macs=macs,
+        speed=f"{speed:,.0f} {first.unit}s/s",
+        result=result,
+        difference=difference,
+        difference_interval=interval,
+    )
+
+
+def _speeds(recipes: Sequence[training.Recipe]) -> dict[Path, tuple[int, int, float]]:
+    """Parameters, MACs per token and training tokens per second of each recipe.
+
+    The recipes take turns, so that a machine whose speed drifts treats them alike; eager mode and
+    the median of a few steps, so that the figure needs no compiler.
+    """
+    import warnings
+
+    import torch
+
+    built = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for recipe in recipes:
+            cli = training.instantiate(recipe, logger=False, enable_progress_bar=False)
+            cli.datamodule.setup()
+            batch = next(iter(cli.datamodule.train_dataloader()))
+            built[recipe.path] = (cli.model.network.train(), batch.tokens)
+    times: dict[Path, list[float]] = {path: [] for path in built}
+    states: dict[Path, Any] = dict.fromkeys(built)
+    for _ in range(_TIMED_STEPS + 1):
+        for path, (network, tokens) in built.items():
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, state = network(tokens[:, :-1], states[path])
+                loss = torch.nn.functional.cross_entropy(
+                    logits.float().flatten(0, 1), tokens[:, 1:].flatten()
+                )
+            loss.backward()
+            states[path] = state.detach()
+            times[path].append(time.perf_counter() - start)
+    return {
+        path: (
+            sum(p.numel() for p in network.parameters()),
+            macs_per_token(network),
+            tokens[:, 1:].numel() / statistics.median(times[path][1:]),
+        )
+        for path, (network, tokens) in built.items()
+    }
+
+
+def macs_per_token(network: Any) -> int:
+    """Multiply-accumulates per token of a forward pass over a segment with memory, as counted by
+    `torch.utils.flop_counter`; causal attention is counted in full."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = network.eval()
+    segment = network.config.segment
+    tokens = torch.zeros(1, segment, dtype=torch.long)
+    with torch.no_grad():
+        _, state = network(tokens)
+        with FlopCounterMode(display=False) as counter:
+            network(tokens, state)
+    network.train()
+    return round(counter.get_total_flops() / 2 / segment)

@@ -1,0 +1,372 @@
+"""Measure a weight and say whether its recorded numbers come out.
+
+`evaluate` re-measures a checkpoint: the tolerance covers floating point differences between
+machines. `reproduce` trains from the recipe first: the tolerance covers the spread over seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo import cards, checkpoints, files, hub, training
+from zoo.cards import Card, Measurements, Result
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zoo.tasks.base import Measurement, ZooModule
+
+__all__ = [
+    "Evaluation",
+    "Outcome",
+    "bootstrap_interval",
+    "evaluate",
+    "evaluate_module",
+    "reproduce",
+    "wilson_interval",
+]
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+FLOAT_TOLERANCE = 2e-4
+"""How far the same weights may be off on another machine, relative to the value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One metric under one protocol, beside what was recorded for it.
+
+    Attributes:
+        protocol: name of the evaluation protocol.
+        metric, unit: what was measured.
+        value: the metric over all samples.
+        n: number of samples, each counted once.
+        interval: 95 % interval for the sampling of the `n` samples.
+        interval_method: how the interval was computed.
+        recorded: the recorded result; None when there is none.
+        tolerance: largest difference from the recorded value that passes; None without one.
+    """
+
+    protocol: str
+    metric: str
+    unit: str
+    value: float
+    n: int
+    interval: tuple[float, float]
+    interval_method: str
+    recorded: Result | None = None
+    tolerance: float | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the recorded value came out, on as many samples; None: nothing recorded."""
+        if self.recorded is None or self.tolerance is None:
+            return None
+        close = abs(self.value - self.recorded.value) <= self.tolerance
+        return close and self.n == self.recorded.n
+
+    @property
+    def verdict(self) -> str:
+        """One word for people."""
+        return {True: "reproduced", False: "NOT reproduced", None: "not recorded"}[self.passed]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All that was measured of one weight; the first outcome is the primary one.
+
+    Attributes:
+        name: what was evaluated.
+        outcomes: one per protocol.
+    """
+
+    name: str
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are recorded values and all of them came out."""
+        return all(outcome.passed is True for outcome in self.outcomes)
+
+    @property
+    def value(self) -> float:
+        """Value of the primary outcome."""
+        return self.outcomes[0].value
+
+    @property
+    def n(self) -> int:
+        """Samples of the primary outcome."""
+        return self.outcomes[0].n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Interval of the primary outcome."""
+        return self.outcomes[0].interval
+
+    @property
+    def verdict(self) -> str:
+        """Verdict over all outcomes."""
+        if all(outcome.passed is None for outcome in self.outcomes):
+            return "not recorded"
+        return "reproduced" if self.passed else "NOT reproduced"
+
+
+def wilson_interval(successes: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson, 1927, JASA 22:209).
+
+    Args:
+        successes: number of ones.
+        n: number of samples.
+        confidence: coverage.
+    """
+    from statistics import NormalDist
+
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+def bootstrap_interval(
+    sums: Tensor,
+    counts: Tensor,
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap of `sums.sum() / counts.sum()` over sampling units.
+
+    Args:
+        sums: one value per unit.
+        counts: samples per unit.
+        resamples: bootstrap samples.
+        confidence: coverage.
+        seed: of the resampling, so that the same measurement has the same interval.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    units, values = len(sums), []
+    chunk = max(1, 4_000_000 // units)  # bounds the memory of the index to 32 MB
+    for start in range(0, resamples, chunk):
+        size = (min(chunk, resamples - start), units)
+        index = torch.randint(units, size, generator=generator)
+        values.append(sums[index].sum(1) / counts[index].sum(1))
+    tail = (1 - confidence) / 2
+    low, high = torch.cat(values).quantile(torch.tensor([tail, 1 - tail], dtype=sums.dtype))
+    return float(low), float(high)
+
+
+def _interval(measurement: Measurement) -> tuple[tuple[float, float], str]:
+    if measurement.kind == "proportion":
+        return wilson_interval(float(measurement.sums.sum()), measurement.n), "Wilson"
+    interval = bootstrap_interval(measurement.sums.double(), measurement.counts)
+    return interval, f"bootstrap over {len(measurement.sums)} blocks, {RESAMPLES} resamples"
+
+
+def evaluate_module(
+    module: ZooModule, datamodule: Any, protocols: Sequence[str] | None = None
+) -> tuple[Outcome, ...]:
+    """Measure a module on a data module by each of its protocols, or by those named.
+
+    Raises:
+        ZooError: the module has no such protocol.
+    """
+    module.eval()
+    outcomes = []
+    for protocol in protocols or module.protocols:
+        measurement = module.measure(datamodule, protocol)
+        interval, method = _interval(measurement)
+        outcomes.append(
+            Outcome(
+                protocol=protocol,
+                metric=measurement.metric,
+                unit=measurement.unit,
+                value=measurement.value,
+                n=measurement.n,
+                interval=interval,
+                interval_method=method,
+            )
+        )
+    return tuple(outcomes)
+
+
+def evaluate(
+    name: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    protocols: Sequence[str] | None = None,
+    revision: str | None = None,
+) -> Evaluation:
+    """Measure a weight again and compare with what is recorded for it.
+
+    Args:
+        name: a weight, a checkpoint folder, or a repository on the Hub.
+        data_dir: folder to look for the data in first.
+        protocols: names of evaluation protocols; None: all of the model's.
+        revision: of a repository on the Hub.
+
+    Raises:
+        ZooError: the weight, its data or a protocol is not to be had.
+    """
+    folder, card = hub.resolve(name, revision)
+    module = checkpoints.load(folder, files=None if card is None else card.files)
+    recipe = training.read_recipe(folder / files.RECIPE_FILE)
+    datamodule = training.data_module(recipe, data_dir)
+    outcomes = evaluate_module(module, datamodule, protocols)
+    recorded = _recorded(folder, card)
+    compared = tuple(_compare(outcome, recorded) for outcome in outcomes)
+    return Evaluation(name=card.name if card else str(name), outcomes=compared)
+
+
+def reproduce(
+    name: str,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Evaluation:
+    """Train a weight again from its recipe and say whether its recorded numbers come out.
+
+    The tolerance is `training.reproduction_tolerance` of the results file, which comes from the
+    spread over seeds.
+
+    Args:
+        name: a weight of the zoo.
+        out: run folder; None: `runs/<name>`.
+        overrides: `section.key=value` changes to the recipe; the verdict then says what they did.
+        resume: go on with an interrupted run.
+        data_dir: folder to look for the data in first.
+
+    Raises:
+        ZooError: the weight has no recorded tolerance, or training is not possible.
+    """
+    card = cards.find(name)
+    tolerance = card.training.get("reproduction_tolerance")
+    if tolerance is None:
+        raise ZooError(f"{card.name} has no recorded spread over seeds to be reproduced within.")
+    recipe = training.read_recipe(card.recipe, overrides)
+    if data_dir is not None:
+        recipe.options.setdefault("data", {})["data_dir"] = os.fspath(data_dir)
+    run = training.fit(recipe, out=Path("runs") / card.name if out is None else out, resume=resume)
+    module = checkpoints.load(run.checkpoint)  # what was written, not what is in memory
+    outcomes = evaluate_module(module, run.datamodule)
+    compared = tuple(_compare(outcome, card.results, float(tolerance)) for outcome in outcomes)
+    return Evaluation(name=card.name, outcomes=compared)
+
+
+def record(folder: str | os.PathLike[str], name: str | None = None) -> Measurements:
+    """Evaluate a checkpoint folder and write what came out to its `results.json`.
+
+    Controls and facts on the training that the file already holds are kept.
+
+    Args:
+        folder: a checkpoint folder.
+        name: full name of the weight; None: what its recipe says.
+
+    Raises:
+        ZooError: the folder has no recipe that names a weight.
+    """
+    from zoo.configs import to_json
+    folder = Path(folder)
+    recipe = training.read_recipe(folder / files.RECIPE_FILE)
+    weight = name or recipe.weight
+    if not weight:
+        raise ZooError(f"The recipe in {folder} names no weight; pass its name.")
+    before = read_results(folder)
+    evaluation = evaluate(folder)
+    seed = recipe.options.get("seed_everything", 0)
+    results = tuple(
+        as_result(
+            outcome,
+            recipe,
+            seeds=(int(seed),),
+            command=f"zoo evaluate {weight}",
+            cpu_minutes=None if before is None else before.training.get("cpu_minutes"),
+            primary=index == 0,
+        )
+        for index, outcome in enumerate(evaluation.outcomes)
+    )
+    measurements = Measurements(
+        weight=weight,
+        results=results,
+        controls=() if before is None else before.controls,
+        training={} if before is None else before.training,
+    )
+    files.write_json(folder / files.RESULTS_FILE, to_json(measurements))
+    return measurements
+
+
+def read_results(folder: Path) -> Measurements | None:
+    """The `results.json` of a checkpoint folder; None when there is none."""
+    path = folder / files.RESULTS_FILE
+    return cards.read_measurements(path) if path.is_file() else None
+
+
+def as_result(
+    outcome: Outcome,
+    recipe: training.Recipe,
+    *,
+    seeds: tuple[int, ...],
+    command: str,
+    seed_spread: float | None = None,
+    cpu_minutes: float | None = None,
+    primary: bool = False,
+) -> Result:
+    """The record of an outcome: with today's date and the versions in use."""
+    dataset = recipe.options.get("data", {})
+    return Result(
+        metric=outcome.metric,
+        value=outcome.value,
+        unit=outcome.unit,
+        n=outcome.n,
+        interval=outcome.interval,
+        interval_method=outcome.interval_method,
+        seeds=seeds,
+        seed_spread=seed_spread,
+        tolerance=FLOAT_TOLERANCE * abs(outcome.value),
+        protocol=outcome.protocol,
+        dataset=str(dataset.get("path") or dataset.get("dataset", recipe.data)),
+        split="validation",
+        command=command,
+        date=datetime.date.today().isoformat(),
+        versions=versions(),
+        cpu_minutes=cpu_minutes,
+        primary=primary,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    from importlib.metadata import version
+
+    found = {name: version(name) for name in ("torch", "lightning", "timm")}
+    return {"python": platform.python_version(), **found}
+
+
+def _recorded(folder: Path, card: Card | None) -> tuple[Result, ...]:
+    if card is not None:
+        return card.results
+    measurements = read_results(folder)
+    return () if measurements is None else measurements.results
+
+
+def _compare(
+    outcome: Outcome, recorded: Sequence[Result], tolerance: float | None = None
+) -> Outcome:
+    for result in recorded:
+        if (result.protocol, result.metric) == (outcome.protocol, outcome.metric):
+            allowed = result.tolerance if tolerance is None else tolerance
+            return dataclasses.replace(outcome, recorded=result, tolerance=allowed)
+    return outcome

@@ -1,0 +1,158 @@
+"""Figures of a card, drawn from what a run has left behind and from the weight itself.
+
+Needs matplotlib: `pip install zoo[figures]`.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zoo import checkpoints, hub, training
+from zoo.cards import Card
+from zoo.errors import ZooError
+
+__all__ = ["draw", "losses_by_position", "read_metrics"]
+
+_WINDOW = 10
+
+
+def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> list[Path]:
+    """Draw all figures that the task of a card has.
+
+    Args:
+        card: the weight.
+        run: run folder of its training, for the loss curves.
+        out: folder to write to; None: `model_cards/figures/<name>`.
+
+    Returns:
+        Paths of the PNG files.
+
+    Raises:
+        ZooError: matplotlib is missing, or the run folder has no metrics.
+    """
+    out = Path("model_cards/figures") / card.name if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    folder, _ = hub.resolve(card.name)
+    module = checkpoints.load(folder, files=card.files)
+    paths = [_loss_curves(read_metrics(Path(run)), out / "loss.png")]
+    if card.task == "language-modeling":
+        recipe = training.read_recipe(folder / "recipe.yaml")
+        datamodule = training.data_module(recipe)
+        datamodule.setup()
+        paths.append(_by_position(module, datamodule.validation_text, out / "position.png"))
+        if module.network.mixing_weights is not None:
+            paths.append(_mixing(module.network.mixing_weights, out / "mixing.png"))
+    return paths
+
+
+@contextmanager
+def _figure(path: Path, width: float = 6.0, height: float = 3.5) -> Iterator[Any]:
+    """An axes to draw on, saved to `path` at the end."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ZooError("Figures need matplotlib: pip install 'zoo[figures]'.") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    yield axes
+    # No date or version in the file: drawn twice, it is the same file.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Logged values of a run by name, as (step, value), over all its interruptions.
+
+    Raises:
+        ZooError: there are none.
+    """
+    series: dict[str, dict[int, float]] = {}
+    parts = sorted(run.glob("logs/part_*/metrics.csv"), key=lambda p: int(p.parent.name[5:]))
+    for part in parts:
+        with part.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for key, value in row.items():
+                    if value and key not in ("step", "epoch"):
+                        # A step that was logged again after a resume replaces the first one.
+                        series.setdefault(key, {})[int(row["step"])] = float(value)
+    if not series:
+        raise ZooError(f"No metrics under {run}/logs; is this a run folder?")
+    return {key: sorted(values.items()) for key, values in series.items()}
+
+
+def _loss_curves(metrics: dict[str, list[tuple[int, float]]], path: Path) -> Path:
+    with _figure(path) as axes:
+        for name, label in (("train_loss", "training"), ("val_loss", "validation (blocks)")):
+            steps, values = zip(*metrics[name], strict=True)
+            if name == "train_loss":
+                values = _smooth(values)
+            axes.plot(steps, values, label=label)
+        axes.set(xlabel="step", ylabel="nats per character", ylim=(1.0, 2.2))
+        axes.legend(frameon=False)
+    return path
+
+
+def _smooth(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Mean of the last few values."""
+    return tuple(
+        sum(values[max(0, i + 1 - _WINDOW) : i + 1]) / min(i + 1, _WINDOW)
+        for i in range(len(values))
+    )
+
+
+def losses_by_position(module: Any, text: Any, memory: bool) -> Any:
+    """Mean loss at each position of a segment, with the memory carried along or without.
+
+    The first segment and the incomplete last one are left out.
+
+    Args:
+        module: a language model.
+        text: bytes.
+        memory: carry the state from segment to segment.
+
+    Returns:
+        One value per position, nats.
+    """
+    import torch
+
+    segment, rows, state = module.config.segment, [], None
+    tokens = text.long()
+    with torch.no_grad():
+        for start in range(0, len(tokens) - segment, segment):
+            piece = tokens[None, start : start + segment + 1].to(module.device)
+            losses, new = module._losses(piece, state)
+            state = new if memory else None
+            if start:
+                rows.append(losses[0].double().cpu())
+    return torch.stack(rows).mean(0)
+
+
+def _by_position(module: Any, text: Any, path: Path) -> Path:
+    width = 8
+    with _figure(path) as axes:
+        for memory, label in ((False, "without memory"), (True, "with memory")):
+            values = losses_by_position(module, text, memory)
+            values = values[: len(values) // width * width].view(-1, width).mean(1)
+            axes.plot([width * (i + 0.5) for i in range(len(values))], values, label=label)
+        axes.set(xlabel="position in the segment", ylabel="nats per character")
+        axes.legend(frameon=False)
+    return path
+
+
+def _mixing(weights: Any, path: Path) -> Path:
+    values = weights.detach().tolist()
+    with _figure(path, 5.0, 3.0) as axes:
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for layer, row in enumerate(values):
+            for head, value in enumerate(row):
+                axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color="white")
+        axes.set(xlabel="head", ylabel="layer", title="weight of cached attention")
+        axes.set_xticks(range(len(values[0])))
+        axes.set_yticks(range(len(values)))
+        axes.figure.colorbar(image, ax=axes)
+    return path
