@@ -75,6 +75,21 @@ def architecture(name: str) -> Architecture:
         raise UnknownNameError(f"Unknown architecture {name!r}.{hint}") from None
 
 
+def architecture_of(module_class: type[Any]) -> Architecture:
+    """Look up the architecture that a LightningModule's class is registered as.
+
+    Raises:
+        UnknownNameError: When it is not registered.
+    """
+    reference = _reference(module_class)
+    for entry in ARCHITECTURES.values():
+        if entry.module == reference:
+            return entry
+    raise UnknownNameError(
+        f"{module_class.__name__} is not registered; decorate it with @zoo.register(name, ...)."
+    )
+
+
 def register(name: str, *, task: str, family: str) -> Callable[[ModuleClass], ModuleClass]:
     """Add a LightningModule of your own, so that its checkpoints can be saved and loaded by name.
 
@@ -111,7 +126,7 @@ def register(name: str, *, task: str, family: str) -> Callable[[ModuleClass], Mo
                 f"{cls.__name__} cannot be registered as {name!r}: its class attribute "
                 f"network_config must be the dataclass of its network's arguments."
             )
-        module = f"{cls.__module__}:{cls.__qualname__}"
+        module = _reference(cls)
         # The same class may come again: a notebook cell is run twice, a module is reloaded.
         if name in _architectures and _architectures[name].module != module:
             taken_by = _architectures[name].module
@@ -122,3 +137,7 @@ def register(name: str, *, task: str, family: str) -> Callable[[ModuleClass], Mo
         return cls
 
     return add
+
+
+def _reference(cls: type[Any]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

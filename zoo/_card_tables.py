@@ -1,0 +1,168 @@
+"""The Markdown tables of cards and README, all rendered from results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from zoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zoo.cards import Card, Control, Result
+
+
+def fill(text: str, marker: str, content: str, where: str) -> str:
+    """Replace what stands between `<!-- zoo:marker -->` and `<!-- /zoo:marker -->`.
+
+    Args:
+        text: The whole Markdown file.
+        marker: Which place to fill.
+        content: What to put there.
+        where: The file, for error messages.
+
+    Raises:
+        ConfigError: When `text` does not have both markers exactly once, in that order.
+    """
+    opening, closing = f"<!-- zoo:{marker} -->", f"<!-- /zoo:{marker} -->"
+    before, found, rest = text.partition(opening)
+    _, closed, after = rest.partition(closing)
+    if not (found and closed) or text.count(opening) + text.count(closing) != 2:
+        raise ConfigError(f"{where}: expected {opening} and then {closing}, once each")
+    return f"{before}{opening}\n{content}\n{closing}{after}"
+
+
+def fill_all(card: Card) -> str:
+    """The card's body with every table rendered anew.
+
+    Raises:
+        ConfigError: When the body lacks a marker.
+    """
+    body = card.body
+    for marker, table in [
+        ("results", _results(card)),
+        ("controls", _controls(card)),
+        ("reported", _reported(card)),
+        ("files", _files(card)),
+    ]:
+        body = fill(body, marker, table, where=f"card of {card.name}")
+    return body
+
+
+def models(cards: Iterable[Card]) -> str:
+    """The README's table of models, one line for each card."""
+    return _table(
+        ["Model", "Task", "Parameters", "Measured", "95 % interval", "n", "Size", "Licence"],
+        [
+            [
+                f"[`{card.name}`](model_cards/{card.name}.md)",
+                card.task,
+                f"{card.parameters:,}",
+                f"{_number(card.primary.value)} {card.primary.unit} on {card.primary.dataset}",
+                _interval(card.primary),
+                f"{card.primary.n:,}",
+                f"{card.size / 1e6:.1f} MB",
+                card.weights_license,
+            ]
+            for card in cards
+        ],
+    )
+
+
+def _results(card: Card) -> str:
+    return _table(
+        ["Metric", "Value", "Interval", "n", "Seeds", "Spread over seeds", "Protocol", "Command"],
+        [
+            [
+                f"{result.metric} ({result.unit})",
+                f"**{_number(result.value)}**" if result.primary else _number(result.value),
+                f"{_interval(result)} ({result.confidence:.0%}, {result.interval_method})",
+                f"{result.n:,}",
+                ", ".join(map(str, result.seeds)),
+                _number(result.seed_spread),
+                f"{result.protocol}; {result.dataset}, {result.split}",
+                f"`{result.command}`",
+            ]
+            for result in card.results
+        ],
+    )
+
+
+def _controls(card: Card) -> str:
+    return _table(
+        [
+            "Net",
+            "Differs in",
+            "Protocol",
+            "Value",
+            "Spread over seeds",
+            "Difference",
+            "Parameters",
+            "MACs",
+            "Speed",
+            "CPU minutes",
+        ],
+        [
+            [
+                f"{control.name} (`{control.recipe}`)",
+                control.differs,
+                control.result.protocol,
+                f"{_number(control.result.value)} {control.result.unit}",
+                f"{_number(control.result.seed_spread)} over {len(control.result.seeds)}",
+                _difference(control),
+                f"{control.parameters:,}",
+                "-" if control.macs is None else f"{control.macs:,}",
+                control.speed or "-",
+                "-" if control.result.cpu_minutes is None else f"{control.result.cpu_minutes:.0f}",
+            ]
+            for control in card.controls
+        ],
+    )
+
+
+def _difference(control: Control) -> str:
+    if control.difference is None or control.difference_interval is None:
+        return "-"
+    low, high = control.difference_interval
+    return f"{control.difference:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def _reported(card: Card) -> str:
+    return _table(
+        ["Metric", "Value", "Source", "Evidence", "How our protocol differs"],
+        [
+            [
+                f"{reported.metric} ({reported.unit})",
+                _number(reported.value),
+                reported.source,
+                reported.evidence,
+                reported.difference,
+            ]
+            for reported in card.reported
+        ],
+    )
+
+
+def _files(card: Card) -> str:
+    return _table(
+        ["File", "Bytes", "sha256"],
+        [[record.name, f"{record.size:,}", f"`{record.sha256}`"] for record in card.files],
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "None."
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _interval(result: Result) -> str:
+    return f"{_number(result.interval[0])} to {_number(result.interval[1])}"

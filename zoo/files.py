@@ -1,0 +1,125 @@
+"""The files of a checkpoint folder: what they are called, how they are read and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import CheckpointError
+
+CARD_FILE = "README.md"
+CONFIG_FILE = "config.json"
+RECIPE_FILE = "recipe.yaml"
+RESULTS_FILE = "results.json"
+WEIGHTS_FILE = "model.safetensors"
+
+CHECKPOINT_FILES = (CARD_FILE, CONFIG_FILE, RECIPE_FILE, RESULTS_FILE, WEIGHTS_FILE)
+"""All there is in a checkpoint folder; nothing else is ever downloaded or read."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """What one file of a checkpoint folder must be."""
+
+    name: str
+    """A plain file name; a checkpoint folder has no subfolders."""
+    size: int
+    """In bytes."""
+    sha256: str
+    """64 lower-case hex digits."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name!r} is not a plain file name")
+        if self.size < 0:
+            raise ValueError(f"size of {self.name} is negative: {self.size}")
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"sha256 of {self.name} is not 64 hex digits: {self.sha256!r}")
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> FileRecord:
+        """Describe `content`."""
+        return cls(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    def read(self, folder: Path) -> bytes:
+        """Read the file, once, and check it: what is returned is what was checked.
+
+        Raises:
+            CheckpointError: When the file cannot be read, or differs in size or sha256.
+        """
+        content = read_bytes(folder / self.name)
+        found = FileRecord.of(self.name, content)
+        if found != self:
+            raise CheckpointError(
+                f"{folder / self.name} is damaged or is another file: expected {self.size} bytes "
+                f"with sha256 {self.sha256}, got {found.size} bytes with sha256 {found.sha256}."
+            )
+        return content
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        CheckpointError: When it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        content: The text, in UTF-8.
+        where: Its path, for error messages.
+
+    Raises:
+        CheckpointError: When `content` is anything else.
+    """
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} is not a JSON object.")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read and parse a JSON object.
+
+    Raises:
+        CheckpointError: When the file cannot be read or is anything else.
+    """
+    return parse_json(read_bytes(path), str(path))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object for people to read, all of it or nothing.
+
+    Raises:
+        CheckpointError: When it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        partial.write_bytes(format_json(values))
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def format_json(values: Mapping[str, Any]) -> bytes:
+    """The bytes that `write_json` writes."""
+    return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
