@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoo.errors import ZooError, nearest
@@ -105,6 +106,8 @@ def _parser() -> _Parser:
     sub.add_argument("--data-dir", help="folder to look for the data in first")
     sub.add_argument("--protocol", action="append", help="only this one; may be repeated")
     sub.add_argument("--record", action="store_true", help="write the results into the folder")
+    sub.add_argument("--run", help="with --record: run folder that the weight comes from")
+    sub.add_argument("--commit", help="with --record: commit that trained it, if the run lacks it")
 
     sub = command("reproduce", _reproduce, "train from the recipe and compare with the record")
     _add_run_options(sub, "name")
@@ -117,6 +120,7 @@ def _parser() -> _Parser:
     sub.add_argument("name")
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     sub.add_argument("--out", help="folder of the runs (runs/controls/NAME)")
+    sub.add_argument("--record", metavar="FOLDER", help="write them into this checkpoint folder")
 
     sub = command("convert", _convert, "make a checkpoint folder of a training checkpoint")
     sub.add_argument("checkpoint", help="last.ckpt of a run folder")
@@ -127,6 +131,7 @@ def _parser() -> _Parser:
     sub.add_argument("name")
     sub.add_argument("--update", action="store_true", help="rewrite from the checkpoint folder")
     sub.add_argument("--figures", metavar="RUN", help="draw its figures from this run folder")
+    sub.add_argument("--readme", metavar="FILE", help="write the table of models into this README")
     return parser
 
 
@@ -315,7 +320,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from zoo import evaluation
 
     if options.record:
-        evaluation.record(options.name)
+        evaluation.record(options.name, run=options.run, commit=options.commit)
     result = evaluation.evaluate(options.name, options.data_dir, protocols=options.protocol)
     return _show(result, options.json)
 
@@ -355,6 +360,8 @@ def _controls(options: argparse.Namespace) -> int:
     from zoo import controls
 
     arms = controls.run(options.name, seeds=options.seeds, out=options.out)
+    if options.record:
+        controls.record(arms, options.record)
     if options.json:
         from zoo.configs import to_json
 
@@ -392,6 +399,8 @@ def _card(options: argparse.Namespace) -> int:
         for path in figures.draw(cards.find(options.name), options.figures):
             print(f"Drew {path}", file=sys.stderr)
     card = cards.update(options.name) if options.update else cards.find(options.name)
+    if options.readme:
+        cards.update_readme(Path(options.readme))
     print(cards.render(card))
     return OK
 

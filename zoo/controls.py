@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import evaluation, training
 from zoo.cards import Control, shipped_folder
+from zoo.configs import to_json
 from zoo.errors import ZooError
-from zoo.files import read_json, write_json
+from zoo.files import RESULTS_FILE, read_json, write_json
 from zoo.progress import track
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
     from zoo.tasks.base import Measurement
 
-__all__ = ["find_recipes", "macs_per_token", "paired_difference", "run"]
+__all__ = ["collect", "find_recipes", "macs_per_token", "paired_difference", "record", "run"]
 
 _OUTCOME = "outcome.json"
 _TIMED_STEPS = 5
+_TOLERATED_SPREADS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,27 @@ def collect(
             reference = arm if reference is None else reference
             controls.append(_control(name, arm, protocol, reference, speeds))
     return controls
+
+
+def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
+    """Write controls into the `results.json` of a checkpoint folder.
+
+    The spread over seeds of the model at the controls' budget becomes the tolerance of
+    `zoo reproduce`: three standard deviations, the largest over the protocols.
+
+    Raises:
+        ZooError: the folder has no results yet; write those first.
+    """
+    before = evaluation.read_results(Path(folder))
+    if before is None:
+        raise ZooError(f"{folder} has no results: zoo evaluate {folder} --record")
+    spreads = [c.result.seed_spread for c in controls if c.difference is None]
+    spread = max((s for s in spreads if s is not None), default=None)
+    facts = dict(before.training)
+    if spread is not None:
+        facts["reproduction_tolerance"] = _TOLERATED_SPREADS * spread
+    measurements = dataclasses.replace(before, controls=tuple(controls), training=facts)
+    write_json(Path(folder) / RESULTS_FILE, to_json(measurements))
 
 
 def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import math
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from zoo import cards, checkpoints, files, hub, training
 from zoo.cards import Card, Measurements, Result
 from zoo.errors import ZooError
+from zoo.provenance import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -266,7 +266,13 @@ def reproduce(
     return Evaluation(name=card.name, outcomes=compared)
 
 
-def record(folder: str | os.PathLike[str], name: str | None = None) -> Measurements:
+def record(
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    run: str | os.PathLike[str] | None = None,
+    commit: str | None = None,
+) -> Measurements:
     """Evaluate a checkpoint folder and write what came out to its `results.json`.
 
     Controls and facts on the training that the file already holds are kept.
@@ -274,9 +280,11 @@ def record(folder: str | os.PathLike[str], name: str | None = None) -> Measureme
     Args:
         folder: a checkpoint folder.
         name: full name of the weight; None: what its recipe says.
+        run: run folder that the weight comes from, for the facts on its training.
+        commit: commit of this project that trained it; None: what the run says.
 
     Raises:
-        ZooError: the folder has no recipe that names a weight.
+        ZooError: the folder has no recipe that names a weight, or `run` is no run folder.
     """
     from zoo.configs import to_json
     folder = Path(folder)
@@ -285,6 +293,11 @@ def record(folder: str | os.PathLike[str], name: str | None = None) -> Measureme
     if not weight:
         raise ZooError(f"The recipe in {folder} names no weight; pass its name.")
     before = read_results(folder)
+    facts = {} if before is None else dict(before.training)
+    if run is not None:
+        facts.update(training.read_facts(Path(run)))
+    if commit is not None:
+        facts["source_commit"] = commit
     evaluation = evaluate(folder)
     seed = recipe.options.get("seed_everything", 0)
     results = tuple(
@@ -293,7 +306,7 @@ def record(folder: str | os.PathLike[str], name: str | None = None) -> Measureme
             recipe,
             seeds=(int(seed),),
             command=f"zoo evaluate {weight}",
-            cpu_minutes=None if before is None else before.training.get("cpu_minutes"),
+            cpu_minutes=facts.get("cpu_minutes"),
             primary=index == 0,
         )
         for index, outcome in enumerate(evaluation.outcomes)
@@ -302,7 +315,7 @@ def record(folder: str | os.PathLike[str], name: str | None = None) -> Measureme
         weight=weight,
         results=results,
         controls=() if before is None else before.controls,
-        training={} if before is None else before.training,
+        training=facts,
     )
     files.write_json(folder / files.RESULTS_FILE, to_json(measurements))
     return measurements
@@ -345,14 +358,6 @@ def as_result(
         cpu_minutes=cpu_minutes,
         primary=primary,
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
-    from importlib.metadata import version
-
-    found = {name: version(name) for name in ("torch", "lightning", "timm")}
-    return {"python": platform.python_version(), **found}
 
 
 def _recorded(folder: Path, card: Card | None) -> tuple[Result, ...]:

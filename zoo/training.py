@@ -26,7 +26,7 @@ from zoo.cards import shipped_folder
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
 from zoo.registry import architecture
 
-__all__ = ["DATA_MODULES", "Recipe", "Run", "data_module", "find_recipe", "fit", "instantiate", "read_recipe"]
+__all__ = ["DATA_MODULES", "Recipe", "Run", "data_module", "find_recipe", "fit", "instantiate", "read_facts", "read_recipe"]
 
 DATA_MODULES: dict[str, str] = {
     "text": "zoo.data.text:TextDataModule",
@@ -347,6 +347,34 @@ def fit(
         cpu_minutes=watch.cpu_s / 60,
         wall_minutes=watch.wall_s / 60,
     )
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """What a run folder knows about its training, as plain JSON.
+
+    Raises:
+        ZooError: there is no training checkpoint and recipe in the folder.
+    """
+    import torch
+
+    from zoo.provenance import machine
+
+    last = run / "last.ckpt"
+    if not last.is_file() or not (run / "recipe.yaml").is_file():
+        raise ZooError(f"{run} is no run folder: it needs last.ckpt and recipe.yaml.")
+    content = torch.load(last, map_location="cpu", weights_only=True)
+    recipe = read_recipe(run / "recipe.yaml")
+    watch = content["callbacks"]["Stopwatch"]
+    return {
+        "seed": recipe.options.get("seed_everything"),
+        "epochs": content["epoch"] + 1,
+        "steps": content["global_step"],
+        "precision": recipe.options.get("trainer", {}).get("precision"),
+        "cpu_minutes": round(watch["cpu_s"] / 60, 1),
+        "wall_minutes": round(watch["wall_s"] / 60, 1),
+        "machine": machine(),
+        "source_commit": content.get("zoo_commit"),
+    }
 
 
 def _callbacks(folder: Path) -> list[Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.configs import to_json
+from zoo.provenance import source_commit
 from zoo.tasks.optimization import OptimizerConfig, build_optimizer
 
 __all__ = ["Measurement", "ZooModule", "compile_network"]
@@ -106,6 +107,7 @@ class ZooModule(pl.LightningModule):
         # Plain JSON: the file stays loadable with weights_only=True and says how to rebuild.
         checkpoint["zoo_network"] = to_json(self.config)
         checkpoint["zoo_seed"] = getattr(self, "_fit_seed", None)
+        checkpoint["zoo_commit"] = source_commit()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("zoo_seed") is not None:

@@ -1,0 +1,47 @@
+"""Where a number comes from: versions, machine and commit."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+__all__ = ["machine", "source_commit", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {name: version(name) for name in ("torch", "lightning", "timm")}
+    return {"python": platform.python_version(), **found}
+
+
+def machine() -> str:
+    """Processor and cores, as far as the system tells; no name of the machine."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+@functools.cache
+def source_commit() -> str | None:
+    """The commit of this project's checkout; None outside of one.
+
+    Local changes are not seen: commit before a training whose numbers are to be published.
+    """
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
