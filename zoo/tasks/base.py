@@ -71,6 +71,7 @@ class ZooModule(pl.LightningModule):
     network: nn.Module
     load_report: Any = None
     """Set by `zoo.load`: what was loaded, dropped and initialised."""
+    _fit_seed: int | None = None
 
     def __init__(self, network: Any, optimizer: OptimizerConfig, compile: bool = False) -> None:
         super().__init__()
@@ -98,15 +99,15 @@ class ZooModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         # Dropout then depends on (seed, epoch, process) alone, and a run that is resumed at an
         # epoch boundary draws what the uninterrupted run draws.
-        base = torch.initial_seed() if not hasattr(self, "_fit_seed") else self._fit_seed
-        self._fit_seed = base
-        mixed = (base * 1_000_003 + self.current_epoch * 1_009 + self.global_rank) % 2**63
+        if self._fit_seed is None:
+            self._fit_seed = torch.initial_seed()
+        mixed = (self._fit_seed * 1_000_003 + self.current_epoch * 1_009 + self.global_rank) % 2**63
         torch.manual_seed(mixed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain JSON: the file stays loadable with weights_only=True and says how to rebuild.
         checkpoint["zoo_network"] = to_json(self.config)
-        checkpoint["zoo_seed"] = getattr(self, "_fit_seed", None)
+        checkpoint["zoo_seed"] = self._fit_seed
         checkpoint["zoo_commit"] = source_commit()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

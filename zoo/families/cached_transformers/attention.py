@@ -53,7 +53,7 @@ class GRCConfig:
     ratio: float = 0.5
     """Cache width over model width, r in (0, 1]."""
     slots: int | Literal["first_T"] = 64
-    """Cache length M; "first_T" takes the number of tokens of the first call (shared scope only)."""
+    """Cache length M; "first_T": the number of tokens of the first call (shared scope only)."""
     update_source: Literal["input", "attn_out"] = "input"
     """What is written: the layer input (eq. 4) or the output of self-attention (released code)."""
     candidate: Literal["linear", "ln_gelu"] = "linear"
@@ -84,13 +84,13 @@ class GRCConfig:
     def __post_init__(self) -> None:
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"ratio must be in (0, 1], got {self.ratio}")
-        if self.slots != "first_T" and (isinstance(self.slots, str) or self.slots < 1):
+        if self.slots != "first_T" and (not isinstance(self.slots, int) or self.slots < 1):
             raise ValueError(f"slots must be a positive integer or 'first_T', got {self.slots!r}")
         if self.segment is not None and self.segment < 1:
             raise ValueError(f"segment must be a positive integer or None, got {self.segment}")
         if self.scope == "per_stream":
             if self.read == "batch_mean":
-                raise ValueError("read='batch_mean' would mix streams; per_stream needs 'per_sample'")
+                raise ValueError("read='batch_mean' would mix streams; choose 'per_sample'")
             if self.slots == "first_T":
                 raise ValueError("slots='first_T' needs scope='shared'; per_stream needs a number")
         if self.slot_rotary and self.segment is None:
@@ -198,14 +198,17 @@ class MultiHeadAttention(nn.Module):
         rows = slice(start * self.dim, (start + count) * self.dim)
         bias = None if self.qkv.bias is None else self.qkv.bias[rows]
         y = F.linear(x, self.qkv.weight[rows], bias)
-        return y.unflatten(-1, (count, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = torch.unflatten(y, -1, (count, self.num_heads, -1))
+        return parts.permute(2, 0, 3, 1, 4)
 
     def _normalise(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         if self.qk_norm:
             x = F.rms_norm(x, x.shape[-1:])
         return x if rotary is None else rotate(x, rotary)
 
-    def project_self(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project_self(
+        self, x: Tensor, rotary: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of `x` (B x T x D), each B x H x T x D/H."""
         q, k, v = self._project(x, 0, 3)
         return self._normalise(q, rotary), self._normalise(k, rotary), v
@@ -515,15 +518,10 @@ class GRCAttention(nn.Module):
         Raises:
             ValueError: shapes or arguments do not fit the configuration.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected B x T x {self.dim}, got {tuple(x.shape)}")
-        if lengths is not None and self.causal:
-            raise ValueError("lengths is for non-causal attention")
         state = AttentionState() if state is None else state
-        if not self.causal and (not commit or state.is_open):
-            raise ValueError("only a causal layer can be called with pieces of a segment")
         past = state.source
         seen = 0 if past is None else past.shape[1]
+        self._check_call(x, state, commit, lengths)
         old = self._memory(state.memory, x)
 
         # Self-attention, eq. (1).
@@ -541,7 +539,7 @@ class GRCAttention(nn.Module):
         reads_new = self.config.order == "write_read"
         new = None
         if self._updates() and (commit or reads_new):
-            new = self._write(old, source, lengths, final=commit)
+            new = self._write(old, source, lengths)
         elif not self._updates():
             new = old  # the stored cache, as it is
 
@@ -565,7 +563,8 @@ class GRCAttention(nn.Module):
     def commit(self, *states: AttentionState) -> None:
         """Store the mean of the caches of these states (shared scope only).
 
-        Call it once per optimizer step, with the states of all micro-batches of the step.
+        Call it once per optimizer step and after the backward pass (which still needs the cache
+        that was read), with the states of all micro-batches of the step.
 
         Raises:
             ValueError: no state given, a state without cache, or a layer with per-stream scope.
@@ -585,8 +584,35 @@ class GRCAttention(nn.Module):
 
     # ----------------------------------------------------------------- private
 
+    def _check_call(
+        self, x: Tensor, state: AttentionState, commit: bool, lengths: Tensor | None
+    ) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"expected B x T x {self.dim}, got {tuple(x.shape)}")
+        rows, tokens = x.shape[:2]
+        in_pieces = not commit or state.is_open
+        if not self.causal and in_pieces:
+            raise ValueError("only a causal layer can be called with pieces of a segment")
+        segment = self.config.segment
+        if segment is None:
+            if not commit and self.config.order == "write_read":
+                raise ValueError("calling with pieces of a segment needs GRCConfig.segment")
+        else:
+            seen = tokens + (0 if state.source is None else state.source.shape[1])
+            if seen > segment:
+                raise ValueError(f"the segment has {seen} tokens, the configuration says {segment}")
+        if lengths is None:
+            return
+        if self.causal:
+            raise ValueError("lengths is for non-causal attention")
+        if lengths.shape != (rows,) or not all(0 < n <= tokens for n in lengths.tolist()):
+            raise ValueError(
+                f"lengths must be {rows} integers from 1 to {tokens}, got {lengths.tolist()}"
+            )
+
     def _updates(self) -> bool:
-        return self.config.scope == "per_stream" or self.training or self.config.inference == "blend"
+        config = self.config
+        return config.scope == "per_stream" or self.training or config.inference == "blend"
 
     def _rotary(self, start: int, count: int, dim: int, x: Tensor) -> Tensor | None:
         if self.rotary_base is None:
@@ -609,7 +635,7 @@ class GRCAttention(nn.Module):
             )
         return memory.expand(x.shape[0], -1, -1)
 
-    def _write(self, old: Tensor, source: Tensor, lengths: Tensor | None, final: bool) -> Tensor:
+    def _write(self, old: Tensor, source: Tensor, lengths: Tensor | None) -> Tensor:
         """The cache after `source` (B x S x Dm) has been written into `old`.
 
         With a fixed segment length, slots whose source token has not come yet keep their content:
@@ -617,20 +643,16 @@ class GRCAttention(nn.Module):
         """
         slots, seen = old.shape[1], source.shape[1]
         length = seen if self.config.segment is None else self.config.segment
-        if seen > length:
-            raise ValueError(f"the segment has {seen} tokens, the configuration says {length}")
-        if self.config.segment is None and not final:
-            raise ValueError("calling with pieces of a segment needs GRCConfig.segment")
         if lengths is not None:
-            return self.update(old, resample_valid(source, lengths, slots, self.config))
+            written: Tensor = self.update(old, resample_valid(source, lengths, slots, self.config))
+            return written
         low, high, weight = slot_positions(length, slots, self.config.interpolation)
         known = sum(position < seen for position in high)  # positions ascend: a prefix of slots
         if known == 0:
             return old
-        if low[:known] == list(range(known)):
-            update = source[:, :known]  # as many slots as tokens: nothing to resample
-        else:
-            update = source[:, low[:known]]
+        # As many slots as tokens: nothing to resample.
+        same = low[:known] == list(range(known))
+        update = source[:, :known] if same else source[:, low[:known]]
         if any(weight):
             share = torch.tensor(weight[:known], dtype=source.dtype, device=source.device)
             update = torch.lerp(update, source[:, high[:known]], share[:, None].expand_as(update))
@@ -668,8 +690,8 @@ class GRCAttention(nn.Module):
     def _mix(self, y: Tensor, m: Tensor) -> Tensor:
         """Eq. (2): the narrower memory heads are filled up with zeros."""
         weight = self.mixing_weights.to(y.dtype)[:, None]
-        own = y.unflatten(-1, (self.num_heads, -1)) * (1 - weight)
-        cached = m.unflatten(-1, (self.num_heads, -1)) * weight
+        own = torch.unflatten(y, -1, (self.num_heads, -1)) * (1 - weight)
+        cached = torch.unflatten(m, -1, (self.num_heads, -1)) * weight
         cached = F.pad(cached, (0, own.shape[-1] - cached.shape[-1]))
         out: Tensor = self.out((own + cached).flatten(2))
         return out
@@ -686,7 +708,7 @@ class GRCAttention(nn.Module):
         extra = tokens - height * width
         if extra < 0:
             raise ValueError(f"grid {height} x {width} has more cells than the {tokens} tokens")
-        image = x[:, extra:].transpose(1, 2).unflatten(2, (height, width))
+        image = torch.unflatten(x[:, extra:].transpose(1, 2), 2, (height, width))
         y: Tensor = self.positional_conv(image).flatten(2).transpose(1, 2)
         return F.pad(y, (0, 0, extra, 0))
 
