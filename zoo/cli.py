@@ -1,12 +1,13 @@
 """The `zoo` command: one function per subcommand, each a thin layer over the Python functions.
 
-Exit status: 0 done, 1 a verdict that failed, 2 bad input. Results go to standard output (with
-`--json` as one JSON document), everything else to standard error.
+Exit status: 0 done, 1 a verdict that failed, 2 bad input, 130 interrupted. Results go to standard
+output (with `--json` as one JSON document), everything else to standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -17,23 +18,47 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from zoo.errors import ZooError, nearest
 
 if TYPE_CHECKING:
+    from zoo.cards import Card
     from zoo.evaluation import Evaluation
 
 __all__ = ["main"]
 
-OK, FAILED, BAD_INPUT = 0, 1, 2
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, with the nearest subcommand."""
+    """Reports a mistake in one line, with the nearest command or option."""
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice" in message and self._subparsers is not None:
             given = message.partition("'")[2].partition("'")[0]
-            names = [n for a in self._subparsers._actions if a.choices for n in a.choices]
-            message = f"no command {given!r}.{nearest(given, names)}"
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+            message = f"no command {given!r}.{nearest(given, _commands(self))}"
+        print(f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(BAD_INPUT)
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
+    """Parsers of the subcommands by name."""
+    return {
+        name: sub
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for name, sub in action.choices.items()
+    }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, but lists may come in parts, before and after options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    parser = _commands(parser).get(options.command or "", parser)
+    listed: list[str] | None = getattr(options, "overrides", getattr(options, "include", None))
+    for word in rest:
+        if word.startswith("-") or listed is None:
+            known = list(parser._option_string_actions)
+            parser.error(f"no option {word!r}.{nearest(word.partition('=')[0], known)}")
+        listed.append(word)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,40 +70,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    options = _parser().parse_args(arguments)
     try:
-        status: int = options.run(options)
+        status = _run(arguments)
         sys.stdout.flush()
         return status
     except ZooError as error:
-        print(f"zoo: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("zoo: interrupted", file=sys.stderr)
-        return 130
+        return _fail(str(error), BAD_INPUT)
+    except KeyboardInterrupt as error:
+        return _fail(f"interrupted{error.args[0] if error.args else ''}", INTERRUPTED)
     except BrokenPipeError:
         # The reader has left (zoo list | head); nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:
+        where = "" if error.filename is None else f": {error.filename}"
+        return _fail(f"{error.strerror or error}{where}", BAD_INPUT)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        options = _parse(arguments)
+    except SystemExit as leave:  # argparse has shown its help, or what is wrong
+        return OK if leave.code is None else int(leave.code)
+    status: int = options.run(options)
+    return status
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"zoo: {' '.join(message.split())}", file=sys.stderr)
+    return status
 
 
 def _parser() -> _Parser:
     parser = _Parser(prog="zoo", description="A model zoo in which every number can be checked.")
     parser.add_argument("--version", action="store_true", help="print the version and leave")
-    parser.set_defaults(run=_version)
+    parser.set_defaults(run=_version, command=None)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> _Parser:
         sub: _Parser = commands.add_parser(name, help=help, description=help)
         sub.add_argument("--json", action="store_true", help="print one JSON document")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, command=name)
         return sub
 
     sub = command("list", _list, "list the models")
-    sub.add_argument("include", nargs="*", help="shell wildcards on names")
-    sub.add_argument("--task")
-    sub.add_argument("--family")
-    sub.add_argument("--max-params", type=int)
+    sub.add_argument("include", nargs="*", metavar="pattern", help="shell wildcards on names")
+    sub.add_argument("--exclude", metavar="PATTERN", action="append", help="names to leave out")
+    sub.add_argument("--task", help="as language-modeling")
+    sub.add_argument("--family", help="as cached-transformers")
+    sub.add_argument("--licence", help="of the weights, as apache-2.0")
+    sub.add_argument("--max-params", metavar="N", type=int, help="largest number of parameters")
 
     sub = command("info", _info, "show the card of a model")
     sub.add_argument("name")
@@ -97,9 +138,9 @@ def _parser() -> _Parser:
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--max-new-tokens", type=int, default=300, help="bytes to write (300)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
-    sub.add_argument("--top-k", type=int)
-    sub.add_argument("--top-p", type=float)
-    sub.add_argument("--seed", type=int, help="makes the text repeatable")
+    sub.add_argument("--top-k", type=int, help="choose among the k likeliest bytes")
+    sub.add_argument("--top-p", type=float, help="among the likeliest that reach p together")
+    sub.add_argument("--seed", type=_seed, help="makes the text repeatable")
 
     sub = command("evaluate", _evaluate, "measure a model and compare with its recorded numbers")
     sub.add_argument("name", help="a weight or a checkpoint folder")
@@ -142,14 +183,32 @@ def _add_run_options(sub: argparse.ArgumentParser, what: str) -> None:
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, got {value}")
+    return value
+
+
+_seed.__name__ = "int"  # what argparse calls it when the text is no number
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+def _printable(text: str) -> str:
+    """The text, with a question mark for what standard output cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
 
 
 def _version(options: argparse.Namespace) -> int:
@@ -167,8 +226,10 @@ def _list(options: argparse.Namespace) -> int:
 
     names = cards.list_models(
         include=options.include or None,
+        exclude=options.exclude,
         task=options.task,
         family=options.family,
+        licence=options.licence,
         max_params=options.max_params,
     )
     if options.json:
@@ -186,13 +247,18 @@ def _list(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     from zoo import cards
+
+    return _show_card(cards.find(options.name), options.json)
+
+
+def _show_card(card: Card, as_json: bool) -> int:
+    from zoo import cards
     from zoo.configs import to_json
 
-    card = cards.find(options.name)
-    if options.json:
+    if as_json:
         _print_json({key: value for key, value in to_json(card).items() if key != "body"})
     else:
-        print(cards.render(card))
+        print(_printable(cards.render(card)))
     return OK
 
 
@@ -208,8 +274,10 @@ def _load_check(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(shown)
     else:
-        print(f"{options.name}: {shown['loaded']} tensors loaded, {len(report.dropped)} dropped, "
-              f"{len(report.initialised)} initialised")
+        print(
+            f"{options.name}: {shown['loaded']} tensors loaded, {len(report.dropped)} dropped, "
+            f"{len(report.initialised)} initialised"
+        )
     return OK
 
 
@@ -224,9 +292,12 @@ def _load_text_model(name: str) -> Any:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from zoo.data.text import decode_bytes, read_text
+    from zoo.data.text import read_text
 
-    texts = options.text or [decode_bytes(read_text(path)) for path in options.file]
+    # Surrogates stand for bytes that are not UTF-8, so that every byte of a file is scored.
+    texts = options.text or [
+        bytes(read_text(path).tolist()).decode("utf-8", "surrogateescape") for path in options.file
+    ]
     scores = _load_text_model(options.name).predict(texts)
     if options.json:
         _print_json(
@@ -245,7 +316,7 @@ def _predict(options: argparse.Namespace) -> int:
     names = options.file or [text if len(text) <= 40 else text[:37] + "..." for text in texts]
     rows = [
         [
-            " ".join(name.split()),
+            _printable(" ".join(name.split())),
             f"{score.n}",
             f"{score.log_likelihood:.2f}",
             f"{score.nats_per_byte:.4f}",
@@ -269,9 +340,9 @@ def _generate(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"prompt": options.prompt, "text": "".join(stream)})
         return OK
-    print(options.prompt, end="", flush=True)
+    print(_printable(options.prompt), end="", flush=True)
     for piece in stream:
-        print(piece, end="", flush=True)
+        print(_printable(piece), end="", flush=True)
     print()
     return OK
 
@@ -325,23 +396,32 @@ def _evaluate(options: argparse.Namespace) -> int:
     return _show(result, options.json)
 
 
+def _chatter() -> contextlib.AbstractContextManager[Any]:
+    """Sends what Lightning prints to standard error; standard output is for results."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def _reproduce(options: argparse.Namespace) -> int:
     from zoo import evaluation
 
-    result = evaluation.reproduce(
-        options.name,
-        out=options.out,
-        overrides=options.overrides,
-        resume=options.resume,
-        data_dir=options.data_dir,
-    )
+    with _chatter():
+        result = evaluation.reproduce(
+            options.name,
+            out=options.out,
+            overrides=options.overrides,
+            resume=options.resume,
+            data_dir=options.data_dir,
+        )
     return _show(result, options.json)
 
 
 def _fit(options: argparse.Namespace) -> int:
     from zoo import training
 
-    run = training.fit(options.recipe, options.overrides, out=options.out, resume=options.resume)
+    with _chatter():
+        run = training.fit(
+            options.recipe, options.overrides, out=options.out, resume=options.resume
+        )
     if options.json:
         _print_json(
             {
@@ -351,15 +431,18 @@ def _fit(options: argparse.Namespace) -> int:
             }
         )
     else:
-        print(f"Trained in {run.wall_minutes:.1f} min ({run.cpu_minutes:.1f} CPU min). "
-              f"Checkpoint folder: {run.checkpoint}")
+        print(
+            f"Trained in {run.wall_minutes:.1f} min ({run.cpu_minutes:.1f} CPU min). "
+            f"Checkpoint folder: {run.checkpoint}"
+        )
     return OK
 
 
 def _controls(options: argparse.Namespace) -> int:
     from zoo import controls
 
-    arms = controls.run(options.name, seeds=options.seeds, out=options.out)
+    with _chatter():
+        arms = controls.run(options.name, seeds=options.seeds, out=options.out)
     if options.record:
         controls.record(arms, options.record)
     if options.json:
@@ -386,7 +469,10 @@ def _convert(options: argparse.Namespace) -> int:
     from zoo import checkpoints
 
     checkpoints.convert(options.checkpoint, options.folder, dtype=options.dtype)
-    print(f"Wrote {options.folder}")
+    if options.json:
+        _print_json({"folder": options.folder})
+    else:
+        print(f"Wrote {options.folder}")
     return OK
 
 
@@ -401,8 +487,7 @@ def _card(options: argparse.Namespace) -> int:
     card = cards.update(options.name) if options.update else cards.find(options.name)
     if options.readme:
         cards.update_readme(Path(options.readme))
-    print(cards.render(card))
-    return OK
+    return _show_card(card, options.json)
 
 
 if __name__ == "__main__":

@@ -193,9 +193,7 @@ def _load_arm(recipe: training.Recipe, seeds: Sequence[int], folder: Path, proto
     )
 
 
-def paired_difference(
-    a: Tensor, b: Tensor, counts: Tensor
-) -> tuple[float, tuple[float, float]]:
+def paired_difference(a: Tensor, b: Tensor, counts: Tensor) -> tuple[float, tuple[float, float]]:
     """Difference a - b of a metric on the same sampling units, with a paired bootstrap interval.
 
     Args:
@@ -274,7 +272,7 @@ def _speeds(recipes: Sequence[training.Recipe]) -> dict[Path, tuple[int, int, fl
                 loss = torch.nn.functional.cross_entropy(
                     logits.float().flatten(0, 1), tokens[:, 1:].flatten()
                 )
-            loss.backward()
+            torch.autograd.backward(loss)
             states[path] = state.detach()
             times[path].append(time.perf_counter() - start)
     return {
@@ -291,14 +289,18 @@ def macs_per_token(network: Any) -> int:
     """Multiply-accumulates per token of a forward pass over a segment with memory, as counted by
     `torch.utils.flop_counter`; causal attention is counted in full."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    network = network.eval()
-    segment = network.config.segment
+    was_training = network.training
+    network.eval()
+    segment: int = network.config.segment
     tokens = torch.zeros(1, segment, dtype=torch.long)
-    with torch.no_grad():
+    # Fused attention on the CPU is not counted at all; its plain form is.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         _, state = network(tokens)
         with FlopCounterMode(display=False) as counter:
             network(tokens, state)
-    network.train()
-    return round(counter.get_total_flops() / 2 / segment)
+    network.train(was_training)
+    total: int = counter.get_total_flops()
+    return round(total / 2 / segment)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import cards, checkpoints, files, hub, training
 from zoo.cards import Card, Measurements, Result
-from zoo.errors import ZooError
+from zoo.errors import CheckpointError, ZooError
 from zoo.provenance import versions
 
 if TYPE_CHECKING:
@@ -119,21 +119,29 @@ class Evaluation:
         return "reproduced" if self.passed else "NOT reproduced"
 
 
-def wilson_interval(successes: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(
+    successes: float, n: int, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
     """Wilson score interval of a proportion (Wilson, 1927, JASA 22:209).
 
     Args:
         successes: number of ones.
         n: number of samples.
         confidence: coverage.
+
+    Raises:
+        ValueError: there are no samples, or more successes than samples.
     """
     from statistics import NormalDist
 
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"cannot take {successes} successes of {n} samples for a proportion")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    # Rounding could lead a hair's breadth out of the unit interval.
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def bootstrap_interval(
@@ -221,7 +229,7 @@ def evaluate(
     """
     folder, card = hub.resolve(name, revision)
     module = checkpoints.load(folder, files=None if card is None else card.files)
-    recipe = training.read_recipe(folder / files.RECIPE_FILE)
+    recipe = _recipe(folder)
     datamodule = training.data_module(recipe, data_dir)
     outcomes = evaluate_module(module, datamodule, protocols)
     recorded = _recorded(folder, card)
@@ -287,8 +295,9 @@ def record(
         ZooError: the folder has no recipe that names a weight, or `run` is no run folder.
     """
     from zoo.configs import to_json
+
     folder = Path(folder)
-    recipe = training.read_recipe(folder / files.RECIPE_FILE)
+    recipe = _recipe(folder)
     weight = name or recipe.weight
     if not weight:
         raise ZooError(f"The recipe in {folder} names no weight; pass its name.")
@@ -319,6 +328,17 @@ def record(
     )
     files.write_json(folder / files.RESULTS_FILE, to_json(measurements))
     return measurements
+
+
+def _recipe(folder: Path) -> training.Recipe:
+    """The recipe in a checkpoint folder, which says what the weight is measured on."""
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder {folder}.")
+    if not (folder / files.RECIPE_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} has no {files.RECIPE_FILE}, so the data to measure it on are not known."
+        )
+    return training.read_recipe(folder / files.RECIPE_FILE)
 
 
 def read_results(folder: Path) -> Measurements | None:

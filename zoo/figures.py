@@ -14,7 +14,7 @@ from typing import Any
 
 from zoo import checkpoints, hub, training
 from zoo.cards import Card
-from zoo.errors import ZooError
+from zoo.errors import DataError, ZooError
 
 __all__ = ["draw", "losses_by_position", "read_metrics"]
 
@@ -88,11 +88,15 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
 def _loss_curves(metrics: dict[str, list[tuple[int, float]]], path: Path) -> Path:
     with _figure(path) as axes:
         for name, label in (("train_loss", "training"), ("val_loss", "validation (blocks)")):
+            if name not in metrics:
+                raise ZooError(f"The run logged no {name}; there is: {', '.join(metrics)}.")
             steps, values = zip(*metrics[name], strict=True)
             if name == "train_loss":
                 values = _smooth(values)
             axes.plot(steps, values, label=label)
-        axes.set(xlabel="step", ylabel="nats per character", ylim=(1.0, 2.2))
+        # The first steps fall from ln 256 and would flatten all that follows.
+        axes.set(xlabel="step", ylabel="nats per character")
+        axes.set_ylim(top=1.2 * metrics["val_loss"][0][1])
         axes.legend(frameon=False)
     return path
 
@@ -117,6 +121,9 @@ def losses_by_position(module: Any, text: Any, memory: bool) -> Any:
 
     Returns:
         One value per position, nats.
+
+    Raises:
+        DataError: the text has no two whole segments and a byte after them.
     """
     import torch
 
@@ -129,11 +136,16 @@ def losses_by_position(module: Any, text: Any, memory: bool) -> Any:
             state = new if memory else None
             if start:
                 rows.append(losses[0].double().cpu())
+    if not rows:
+        raise DataError(
+            f"The text has {len(tokens)} bytes, too few for losses by position in a second "
+            f"segment of {segment}."
+        )
     return torch.stack(rows).mean(0)
 
 
 def _by_position(module: Any, text: Any, path: Path) -> Path:
-    width = 8
+    width = min(8, module.config.segment)
     with _figure(path) as axes:
         for memory, label in ((False, "without memory"), (True, "with memory")):
             values = losses_by_position(module, text, memory)
