@@ -6,7 +6,6 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-import timm.optim
 import torch
 from torch import nn
 
@@ -60,6 +59,8 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, total_steps: in
         config: what to build.
         total_steps: optimizer steps of the whole training.
     """
+    import timm.optim  # here, since it imports all models of timm, and most users only load
+
     optimizer = timm.optim.create_optimizer_v2(
         network,
         opt=config.name,
