@@ -41,7 +41,7 @@ def layer_norm(x: Array, weights: Weights) -> Array:
     return (x - mean) / np.sqrt(variance + 1e-5) * weights["weight"] + weights["bias"]
 
 
-def rms_norm(x: Array, epsilon: float = float(np.finfo(np.float32).eps)) -> Array:
+def rms_norm(x: Array, epsilon: float = float(np.finfo(np.float64).eps)) -> Array:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
 
 

@@ -28,6 +28,11 @@ from zoo.families.cached_transformers.attention import (
 __all__ = ["CachedTransformerLM", "CachedTransformerLMConfig", "LanguageModelState"]
 
 
+_GRC = grc_preset(
+    "causal-recurrent", slots=64, update_source="input", slot_rotary=True, segment=256
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CachedTransformerLMConfig:
     """Shape of a `CachedTransformerLM`.
@@ -50,9 +55,7 @@ class CachedTransformerLMConfig:
     """Tokens per segment L."""
     memory: Literal["grc", "xl", "none"] = "grc"
     """Memory across segments: gated recurrent cache, Transformer-XL cache, or none."""
-    grc: GRCConfig = grc_preset(
-        "causal-recurrent", slots=64, update_source="input", slot_rotary=True, segment=256
-    )
+    grc: GRCConfig = _GRC
     """The cache, when `memory` is "grc"; causal, with one cache per stream."""
     memory_length: int = 256
     """Tokens remembered per layer, when `memory` is "xl"."""
@@ -94,6 +97,12 @@ class LanguageModelState:
     position: int = 0
     attached: int = 0
 
+    @property
+    def streams(self) -> int | None:
+        """Number of streams B; None while nothing has been seen, which fits any number."""
+        tensors = (t for layer in self.layers for t in layer if t is not None)
+        return next((len(t) for t in tensors), None)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> LanguageModelState:
         return dataclasses.replace(self, layers=tuple(s.map(function) for s in self.layers))
 
@@ -101,9 +110,11 @@ class LanguageModelState:
         """The same values without gradient history (truncated back-propagation through time)."""
         return dataclasses.replace(self._map(Tensor.detach), attached=0)
 
-    def to(self, *args: torch.device | torch.dtype | str) -> LanguageModelState:
-        """Move or cast, with the arguments of `torch.Tensor.to`."""
-        return self._map(lambda t: t.to(*args))  # type: ignore[arg-type]
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LanguageModelState:
+        """Move or cast, as `torch.Tensor.to` does."""
+        return self._map(lambda t: t.to(device=device, dtype=dtype))
 
     def reorder(self, index: Tensor) -> LanguageModelState:
         """Take streams `index` (integers; repeats allowed): beam search, or another batch size."""
@@ -220,6 +231,12 @@ class CachedTransformerLM(nn.Module):
         if detach_every is not None and detach_every < 1:
             raise ValueError(f"detach_every must be at least 1 or None, got {detach_every}")
         state = self.initial_state() if state is None else state
+        if state.streams not in (None, len(tokens)):
+            raise ValueError(f"the state holds {state.streams} streams, tokens {len(tokens)}")
+        if len(state.layers) != len(self.blocks):
+            raise ValueError(
+                f"the state is of {len(state.layers)} blocks, the network has {len(self.blocks)}"
+            )
         pieces, start = [], 0
         while start < tokens.shape[1]:
             room = self.config.segment - state.position
@@ -278,7 +295,6 @@ class CachedTransformerLM(nn.Module):
             tuple(layers), 0 if closes else position, state.attached + int(closes)
         )
         return self.norm(x), state
-
 
     @property
     def mixing_weights(self) -> Tensor | None:

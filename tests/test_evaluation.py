@@ -1,0 +1,387 @@
+"""Tests of zoo.evaluation: intervals against other implementations, verdicts, whole rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from tiny import SEGMENT, copy, write_recipe
+
+from zoo import cards, checkpoints, controls, evaluation, training
+from zoo.cards import Card, Measurements, Result
+from zoo.errors import CheckpointError, ZooError
+from zoo.evaluation import Evaluation, Outcome, bootstrap_interval, wilson_interval
+from zoo.files import RECIPE_FILE, RESULTS_FILE, WEIGHTS_FILE
+from zoo.tasks.base import Measurement
+
+# --- intervals -----------------------------------------------------------------------------------
+
+
+@given(n=st.integers(1, 100_000), share=st.floats(0, 1), confidence=st.floats(0.5, 0.999))
+def test_wilson_interval(n: int, share: float, confidence: float) -> None:
+    successes = round(share * n)
+    test = scipy.stats.binomtest(successes, n)
+    expected = test.proportion_ci(confidence, method="wilson")
+    assert wilson_interval(successes, n, confidence) == pytest.approx(expected, abs=1e-12)
+
+
+def test_wilson_interval_solves_its_equation() -> None:
+    # The ends are the proportions p from which the observed one is z standard errors away.
+    z = NormalDist().inv_cdf(0.975)
+    for p in wilson_interval(37, 50):
+        assert abs(37 / 50 - p) == pytest.approx(z * math.sqrt(p * (1 - p) / 50), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 3, 10_000])
+def test_wilson_interval_stays_a_proportion(n: int) -> None:
+    assert wilson_interval(0, n)[0] == 0.0
+    assert wilson_interval(n, n)[1] == 1.0
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_interval_of_no_proportion(successes: int, n: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot take {successes} successes of {n} samples"):
+        wilson_interval(successes, n)
+
+
+def units(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and counts of sampling units of unequal size."""
+    generator = np.random.default_rng(seed)
+    counts = generator.integers(1, 20, number)
+    sums = counts * generator.gamma(2.0, 1.0, number)
+    return torch.from_numpy(sums), torch.from_numpy(counts)
+
+
+@pytest.mark.parametrize("number", [30, 1_000])  # the larger is resampled in several chunks
+def test_bootstrap_interval(number: int) -> None:
+    sums, counts = units(number)
+    expected = scipy.stats.bootstrap(
+        (sums.numpy(), counts.numpy()),
+        lambda s, c, axis: s.sum(axis) / c.sum(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=evaluation.RESAMPLES,
+        batch=500,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    low, high = bootstrap_interval(sums, counts)
+    # An end of 10,000 resamples has a standard error of 0.027 standard deviations of the value;
+    # there are 3.92 of those between the ends. Two ends from two samplers, four standard errors:
+    tolerance = 4 * math.sqrt(2) * 0.027 * (high - low) / 3.92
+    assert low == pytest.approx(expected.low, abs=tolerance)
+    assert high == pytest.approx(expected.high, abs=tolerance)
+
+
+def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator, trials, covered = torch.Generator().manual_seed(3), 400, 0
+    counts = torch.ones(60, dtype=torch.int64)
+    for trial in range(trials):
+        sums = torch.randn(60, generator=generator, dtype=torch.float64) + 5.0
+        low, high = bootstrap_interval(sums, counts, resamples=400, confidence=0.9, seed=trial)
+        covered += low <= 5.0 <= high
+    # Four standard errors of a share of 0.9 over 400 trials are 0.06.
+    assert 0.84 <= covered / trials <= 0.96
+
+
+def test_bootstrap_interval_is_repeatable_and_narrows_with_confidence() -> None:
+    sums, counts = units(50)
+    assert bootstrap_interval(sums, counts) == bootstrap_interval(sums, counts)
+    assert bootstrap_interval(sums, counts) != bootstrap_interval(sums, counts, seed=1)
+    narrow, wide = (
+        bootstrap_interval(sums, counts, confidence=0.5),
+        bootstrap_interval(sums, counts),
+    )
+    assert wide[0] < narrow[0] < float(sums.sum() / counts.sum()) < narrow[1] < wide[1]
+
+
+def test_bootstrap_interval_of_a_constant_is_a_point() -> None:
+    counts = torch.tensor([1, 5, 9])
+    assert bootstrap_interval(2.5 * counts.double(), counts) == pytest.approx((2.5, 2.5))
+
+
+def test_proportions_get_a_wilson_interval() -> None:
+    measurement = Measurement(
+        metric="accuracy",
+        unit="image",
+        kind="proportion",
+        sums=torch.tensor([30.0, 7.0]),
+        counts=torch.tensor([40, 10]),
+    )
+    assert evaluation._interval(measurement) == (wilson_interval(37, 50), "Wilson")
+
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+
+def result(value: float = 1.5, n: int = 100, tolerance: float = 0.01, **other: str) -> Result:
+    fields = {"metric": "loss", "unit": "character", "protocol": "stream", **other}
+    return Result(
+        **fields,
+        value=value,
+        n=n,
+        interval=(1.0, 2.0),
+        interval_method="bootstrap",
+        seeds=(1,),
+        tolerance=tolerance,
+        dataset="d",
+        split="validation",
+        command="zoo evaluate x",
+        date="2026-01-01",
+        versions={},
+        primary=True,
+    )
+
+
+def outcome(value: float = 1.5, n: int = 100, **other: str) -> Outcome:
+    fields = {"metric": "loss", "unit": "character", "protocol": "stream", **other}
+    return Outcome(**fields, value=value, n=n, interval=(1.0, 2.0), interval_method="bootstrap")
+
+
+@pytest.mark.parametrize(
+    ("measured", "recorded", "passed"),
+    [
+        (outcome(), result(), True),
+        (outcome(1.509), result(), True),
+        (outcome(1.491), result(), True),
+        (outcome(1.511), result(), False),
+        (outcome(1.489), result(), False),
+        (outcome(n=99), result(), False),  # the same value on other samples
+        (outcome(math.nan), result(), False),
+        (outcome(1.5), result(tolerance=0.0), True),
+        (outcome(), result(protocol="blocks"), None),
+        (outcome(), result(metric="accuracy"), None),
+        (outcome(), None, None),
+    ],
+)
+def test_verdict(measured: Outcome, recorded: Result | None, passed: bool | None) -> None:
+    compared = evaluation._compare(measured, () if recorded is None else (recorded,))
+    assert compared.passed is passed
+    words = {True: "reproduced", False: "NOT reproduced", None: "not recorded"}
+    assert compared.verdict == words[passed]
+    assert (compared.recorded is None) == (passed is None)
+
+
+def test_a_tolerance_for_all_replaces_that_of_the_record() -> None:
+    assert evaluation._compare(outcome(1.6), [result()]).passed is False
+    assert evaluation._compare(outcome(1.6), [result()], 0.2).passed is True
+    assert evaluation._compare(outcome(1.6), [result()], 0.2).tolerance == 0.2
+
+
+def test_an_outcome_is_compared_with_the_record_of_its_protocol() -> None:
+    recorded = [result(9.0, protocol="blocks"), result(1.5)]
+    assert evaluation._compare(outcome(), recorded).recorded is recorded[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "passed", "verdict"),
+    [
+        ((1.5, 1.5), True, "reproduced"),
+        ((1.5, 1.6), False, "NOT reproduced"),
+        ((1.6, 1.5), False, "NOT reproduced"),
+    ],
+)
+def test_an_evaluation_passes_when_all_of_it_does(
+    values: tuple[float, ...], passed: bool, verdict: str
+) -> None:
+    outcomes = tuple(evaluation._compare(outcome(value), [result()]) for value in values)
+    whole = Evaluation(name="x", outcomes=outcomes)
+    assert (whole.passed, whole.verdict) == (passed, verdict)
+    assert (whole.value, whole.n, whole.interval) == (values[0], 100, (1.0, 2.0))
+
+
+def test_an_evaluation_without_record_neither_passes_nor_fails() -> None:
+    nothing = Evaluation(name="x", outcomes=(outcome(), outcome()))
+    assert (nothing.passed, nothing.verdict) == (False, "not recorded")
+    half = Evaluation(
+        name="x", outcomes=(evaluation._compare(outcome(), [result()]), outcome(protocol="new"))
+    )
+    assert (half.passed, half.verdict) == (False, "NOT reproduced")
+
+
+# --- whole rounds, on a net trained for a second -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> training.Run:
+    folder = tmp_path_factory.mktemp("tiny")
+    return training.fit(write_recipe(folder), out=folder / "run")
+
+
+@pytest.fixture
+def folder(run: training.Run, tmp_path: Path) -> Path:
+    """A copy of the checkpoint folder, with its results."""
+    copied = copy(run.checkpoint, tmp_path / "checkpoint", lambda content: content, "")
+    evaluation.record(copied, run=run.folder, commit="f" * 40)
+    return copied
+
+
+def naive_losses(run: training.Run) -> tuple[float, float]:
+    """Nats per character as stream and in blocks, one byte at a time from first principles."""
+    text = run.datamodule.validation_text.long().tolist()
+    network = checkpoints.load(run.checkpoint).network
+    stream = blocks = 0.0
+    with torch.no_grad():
+        state = None
+        for before, byte in zip([10, *text], text, strict=False):
+            logits, state = network(torch.tensor([[before]]), state)
+            stream -= float(F.log_softmax(logits[0, -1].double(), -1)[byte])
+        for index, byte in enumerate(text[1:]):
+            if index % SEGMENT == 0:
+                state = None
+            logits, state = network(torch.tensor([[text[index]]]), state)
+            blocks -= float(F.log_softmax(logits[0, -1].double(), -1)[byte])
+    return stream / len(text), blocks / (len(text) - 1)
+
+
+def test_record_then_evaluate(run: training.Run, folder: Path) -> None:
+    evaluated = evaluation.evaluate(folder)
+    assert (evaluated.passed, evaluated.verdict) == (True, "reproduced")
+    text = run.datamodule.validation_text
+    assert [o.protocol for o in evaluated.outcomes] == ["stream", "blocks"]
+    assert [o.n for o in evaluated.outcomes] == [len(text), len(text) - 1]
+    assert [o.value for o in evaluated.outcomes] == pytest.approx(naive_losses(run), abs=1e-5)
+    for o in evaluated.outcomes:
+        assert o.recorded is not None
+        assert o.value == o.recorded.value
+        assert o.tolerance == o.recorded.tolerance == pytest.approx(2e-4 * o.value)
+        assert o.interval[0] < o.value < o.interval[1]
+        assert o.interval_method.startswith(f"bootstrap over {-(-o.n // SEGMENT)} blocks")
+
+
+def test_what_is_recorded(run: training.Run, folder: Path) -> None:
+    measured = cards.read_measurements(folder / RESULTS_FILE)
+    assert measured.weight == "cached-transformer-lm.tiny-shakespeare"
+    assert [r.primary for r in measured.results] == [True, False]
+    assert all(r.seeds == (1,) and r.seed_spread is None for r in measured.results)
+    assert all(r.command == f"zoo evaluate {measured.weight}" for r in measured.results)
+    assert all(r.versions["torch"] == torch.__version__ for r in measured.results)
+    assert measured.training["source_commit"] == "f" * 40
+    assert (measured.training["epochs"], measured.training["steps"]) == (1, 2)
+    assert all(r.cpu_minutes == measured.training["cpu_minutes"] for r in measured.results)
+
+
+def test_record_again_keeps_controls_and_facts(folder: Path) -> None:
+    before = cards.read_measurements(folder / RESULTS_FILE)
+    arm = cards.Control(
+        name="c", differs="d", recipe="r.yaml", parameters=1, result=before.results[0]
+    )
+    controls.record([arm], folder)
+    evaluation.record(folder)
+    after = cards.read_measurements(folder / RESULTS_FILE)
+    assert after.controls == (arm,)
+    assert after.training == before.training  # one seed has no spread to be a tolerance
+    assert after.results == before.results
+
+
+def nudge(content: bytes) -> bytes:
+    tensors = load(content)
+    tensors["head.weight"] = tensors["head.weight"] + 0.05 * torch.randn_like(
+        tensors["head.weight"]
+    )
+    return save(tensors, {"format": "pt"})
+
+
+def recount(content: bytes) -> bytes:
+    values = json.loads(content)
+    values["results"][0]["n"] += 1
+    return json.dumps(values).encode()
+
+
+def revalue(content: bytes) -> bytes:
+    values = json.loads(content)
+    values["results"][1]["value"] += 1.01 * values["results"][1]["tolerance"]
+    return json.dumps(values).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "verdicts"),
+    [
+        (nudge, WEIGHTS_FILE, ["NOT reproduced", "NOT reproduced"]),
+        (recount, RESULTS_FILE, ["NOT reproduced", "reproduced"]),
+        (revalue, RESULTS_FILE, ["reproduced", "NOT reproduced"]),
+    ],
+)
+def test_what_does_not_come_out_fails(
+    folder: Path, tmp_path: Path, change: Callable[[bytes], bytes], name: str, verdicts: list[str]
+) -> None:
+    evaluated = evaluation.evaluate(copy(folder, tmp_path / "changed", change, name))
+    assert [o.verdict for o in evaluated.outcomes] == verdicts
+    assert not evaluated.passed
+
+
+def test_one_protocol_alone(folder: Path) -> None:
+    evaluated = evaluation.evaluate(folder, protocols=["blocks"])
+    assert [o.protocol for o in evaluated.outcomes] == ["blocks"]
+    with pytest.raises(ZooError, match="Unknown protocol 'blokcs'; choose one of stream, blocks"):
+        evaluation.evaluate(folder, protocols=["blokcs"])
+
+
+def test_a_folder_without_results_is_not_recorded(run: training.Run) -> None:
+    assert not (run.checkpoint / RESULTS_FILE).exists()
+    assert evaluation.evaluate(run.checkpoint, protocols=["blocks"]).verdict == "not recorded"
+
+
+def test_a_folder_without_recipe(folder: Path) -> None:
+    (folder / RECIPE_FILE).unlink()
+    for call in (evaluation.evaluate, evaluation.record):
+        with pytest.raises(
+            CheckpointError, match=r"has no recipe\.yaml, so the data to measure it"
+        ):
+            call(folder)
+    with pytest.raises(CheckpointError, match="There is no checkpoint folder nowhere"):
+        evaluation.record("nowhere")
+
+
+def test_record_needs_the_name_of_a_weight(tmp_path: Path) -> None:
+    run = training.fit(write_recipe(tmp_path, weight=""), out=tmp_path / "run")
+    with pytest.raises(ZooError, match="names no weight; pass its name"):
+        evaluation.record(run.checkpoint)
+    assert evaluation.record(run.checkpoint, "a.b").weight == "a.b"
+
+
+@pytest.fixture
+def tiny_card(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
+    """The card of the tiny weight, in the place of the real one."""
+    real = cards.find("cached-transformer-lm")
+    measured = cards.read_measurements(folder / RESULTS_FILE)
+    card = dataclasses.replace(
+        real,
+        recipe=str(write_recipe(tmp_path)),
+        results=measured.results,
+        training={**measured.training, "reproduction_tolerance": 1e-6},
+    )
+    monkeypatch.setattr(cards, "find", lambda name: {"tiny": card}[name])
+    return card
+
+
+def test_reproduce(tiny_card: Card, tmp_path: Path) -> None:
+    same = evaluation.reproduce("tiny", out=tmp_path / "same")
+    assert (same.passed, same.name) == (True, tiny_card.name)
+    assert [o.n for o in same.outcomes] == [r.n for r in tiny_card.results]
+    assert [o.tolerance for o in same.outcomes] == [1e-6, 1e-6]
+    other = evaluation.reproduce("tiny", out=tmp_path / "other", overrides=["seed_everything=2"])
+    assert (other.passed, other.verdict) == (False, "NOT reproduced")
+
+
+def test_reproduce_needs_a_spread(tiny_card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "find", lambda name: dataclasses.replace(tiny_card, training={}))
+    with pytest.raises(ZooError, match="has no recorded spread over seeds"):
+        evaluation.reproduce("tiny")
+
+
+def test_results_survive_the_file(folder: Path) -> None:
+    stored = json.loads((folder / RESULTS_FILE).read_text())
+    assert isinstance(cards.read_measurements(folder / RESULTS_FILE), Measurements)
+    assert str(folder.parent) not in json.dumps(stored["training"])
