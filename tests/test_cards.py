@@ -143,7 +143,7 @@ def test_the_front_matter_has_the_keys_of_the_hub() -> None:
 def test_the_model_index_is_what_the_hub_client_reads() -> None:
     from huggingface_hub import ModelCard
 
-    data = ModelCard(cards.render(make_card())).data
+    data: Any = ModelCard(cards.render(make_card())).data
     assert data.model_name == "alpha.one"
     assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [
         ("accuracy", 81.5),
@@ -247,7 +247,7 @@ def test_list_models(shelf: Path, conditions: dict[str, Any], names: list[str]) 
     ],
 )
 def test_a_condition_that_no_model_can_meet(
-    shelf: Path, conditions: dict[str, str], message: str
+    shelf: Path, conditions: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UnknownNameError, match=re.escape(message)):
         cards.list_models(**conditions)

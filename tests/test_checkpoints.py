@@ -423,7 +423,7 @@ class Payload:
 
 
 def payload_bare(path: Path, witness: Path) -> None:
-    path.write_bytes(pickle.dumps(Payload(witness)))
+    path.write_bytes(pickle.dumps(Payload(witness), protocol=2))
 
 
 def payload_zip(path: Path, witness: Path) -> None:
