@@ -11,6 +11,7 @@ from, and, when training has finished, `checkpoint/`, an ordinary checkpoint fol
 from __future__ import annotations
 
 import dataclasses
+import contextlib
 import importlib
 import inspect
 import os
@@ -26,7 +27,17 @@ from zoo.cards import shipped_folder
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
 from zoo.registry import architecture
 
-__all__ = ["DATA_MODULES", "Recipe", "Run", "data_module", "find_recipe", "fit", "instantiate", "read_facts", "read_recipe"]
+__all__ = [
+    "DATA_MODULES",
+    "Recipe",
+    "Run",
+    "data_module",
+    "find_recipe",
+    "fit",
+    "instantiate",
+    "read_facts",
+    "read_recipe",
+]
 
 DATA_MODULES: dict[str, str] = {
     "text": "zoo.data.text:TextDataModule",
@@ -103,9 +114,7 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     )
 
 
-def read_recipe(
-    name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()
-) -> Recipe:
+def read_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `section.key=value` overrides.
 
     Args:
@@ -178,20 +187,22 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"Cannot read {override!r}; write section.key=value, as data.path=my.txt.")
+        raise ConfigError(
+            f"Cannot read {override!r}; write section.key=value, as data.path=my.txt."
+        )
     if parts[0] not in _SECTIONS:
-        raise ConfigError(f"Unknown section {parts[0]!r} in {override!r}.{nearest(parts[0], _SECTIONS)}"
-                          f" There are: {', '.join(_SECTIONS)}.")
+        raise ConfigError(
+            f"Unknown section {parts[0]!r} in {override!r}.{nearest(parts[0], _SECTIONS)}"
+            f" There are: {', '.join(_SECTIONS)}."
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"Cannot read the value in {override!r} as YAML.") from None
     if isinstance(value, str):
         # YAML 1.1 takes 1e-3 for a string; people mean a number.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node = values
     for part in parts[:-1]:
         child = node.setdefault(part, {})
@@ -454,4 +465,4 @@ def _to_yaml(values: dict[str, Any]) -> str:
 def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)

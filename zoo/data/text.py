@@ -236,7 +236,9 @@ class TextDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[StreamBatch]:
         """Batches of `StreamBatch`; short texts get fewer streams, so that each has a batch."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
         text = self.train_text
         step = min(self.segments_per_step, len(text) // self.segment) * self.segment
         streams = max(min(self.streams, len(text) // step), 1)

@@ -100,7 +100,11 @@ class TextStream(Iterator[str]):
     """
 
     def __init__(
-        self, model: LanguageModel, prompt: Tensor, state: LanguageModelState | None, **sampling: Any
+        self,
+        model: LanguageModel,
+        prompt: Tensor,
+        state: LanguageModelState | None,
+        **sampling: Any,
     ) -> None:
         self._model, self._prompt, self.state, self._sampling = model, prompt, state, sampling
         self._left: int = sampling.pop("max_new_tokens")

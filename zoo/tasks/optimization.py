@@ -51,7 +51,9 @@ def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> flo
     return warm
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig, total_steps: int) -> dict[str, Any]:
+def build_optimizer(
+    network: nn.Module, config: OptimizerConfig, total_steps: int
+) -> dict[str, Any]:
     """Optimizer and per-step schedule of a network, as Lightning's `configure_optimizers` wants.
 
     Args:

@@ -464,9 +464,7 @@ class GRCAttention(nn.Module):
         self.dim, self.num_heads, self.width = dim, num_heads, width
         self.config, self.causal, self.rotary_base = config, causal, rotary_base
         own = config.projection == "per_branch"
-        self.attention = MultiHeadAttention(
-            dim, num_heads, bias=bias, qk_norm=qk_norm, project=own
-        )
+        self.attention = MultiHeadAttention(dim, num_heads, bias=bias, qk_norm=qk_norm, project=own)
         self.memory_attention = MultiHeadAttention(
             width, num_heads, bias=bias, qk_norm=qk_norm, project=own
         )

@@ -1,0 +1,115 @@
+"""The rules of the house, checked from the import graph: imports run downwards only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "zoo"
+
+FLOORS = [
+    {"zoo.errors"},
+    {"zoo.configs", "zoo.files", "zoo.progress"},
+    {"zoo._card_tables", "zoo.registry"},
+    {"zoo.cards", "zoo.families"},
+    {"zoo.data"},
+    {"zoo.tasks"},
+    {"zoo.checkpoints", "zoo.hub"},
+    {"zoo.training"},
+    {"zoo.evaluation"},
+    {"zoo.controls", "zoo.figures"},
+    {"zoo.cli"},
+]
+"""From the ground up. A room imports from the floors below it, and from its own folder."""
+
+WITHOUT_TORCH = {
+    "zoo",
+    "zoo._card_tables",
+    "zoo.cards",
+    "zoo.cli",
+    "zoo.configs",
+    "zoo.errors",
+    "zoo.files",
+    "zoo.hub",
+    "zoo.registry",
+}
+"""Import no torch at module level, nor anything of ours that does."""
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def imports(module: str, at_module_level: bool) -> Iterator[str]:
+    """What a module imports when it runs; blocks for type checkers do not count.
+
+    Args:
+        module: Its name.
+        at_module_level: Whether to leave out imports within functions.
+    """
+    pending: list[ast.AST] = [ast.parse(MODULES[module].read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending.extend(node.orelse)
+            continue
+        if at_module_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{module}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {room(module) for module in MODULES} - {"zoo"}
+    assert rooms == set().union(*FLOORS)
+    assert sum(map(len, FLOORS)) == len(rooms) == 17
+
+
+def test_imports_run_downwards() -> None:
+    height = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    covered = 0
+    for module in MODULES.keys() - {"zoo"}:
+        for imported in imports(module, at_module_level=False):
+            if not imported.startswith("zoo."):
+                continue
+            covered += 1
+            allowed = (
+                room(imported) == room(module) or height[room(imported)] < height[room(module)]
+            )
+            assert allowed, f"{module} imports {imported}"
+    assert covered > 50
+
+
+def test_light_modules_import_nothing_heavy() -> None:
+    for module in WITHOUT_TORCH:
+        for imported in imports(module, at_module_level=True):
+            package = imported.split(".")[0]
+            assert package not in ("torch", "lightning", "timm", "huggingface_hub"), module
+            if package == "zoo":
+                assert imported in WITHOUT_TORCH, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("family", ["cached_transformers"])
+def test_families_are_pure_torch(family: str) -> None:
+    for module in MODULES:
+        if module.startswith(f"zoo.families.{family}"):
+            for imported in imports(module, at_module_level=False):
+                assert not imported.startswith(("lightning", "torchvision.datasets")), module

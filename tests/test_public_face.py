@@ -1,0 +1,127 @@
+"""Tests of `import zoo`: what it offers, and that it costs next to nothing."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import zoo
+from zoo import cards, checkpoints, hub
+from zoo.errors import UnknownNameError
+from zoo.files import FileRecord
+
+REPOSITORY = Path(__file__).parents[1]
+HEAVY = ("torch", "lightning", "numpy", "huggingface_hub", "timm")
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    ).stdout.strip()
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    assert sorted(zoo.__all__) == list(zoo.__all__)
+    assert set(zoo._MODULES) | {"load"} == set(zoo.__all__)
+    for name in zoo.__all__:
+        assert inspect.getdoc(getattr(zoo, name)), name
+        assert name in dir(zoo)
+    assert len(zoo.__all__) == 8
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="module 'zoo' has no attribute 'laod'"):
+        zoo.laod  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import zoo",
+        "import zoo; zoo.list_models()",
+        "import zoo; zoo.info('cached-transformer-lm')",
+        "import zoo; zoo.register",
+        "import zoo.cli",
+        "from zoo import cards, configs, errors, files, hub, registry",
+    ],
+)
+def test_nothing_heavy_is_imported(code: str) -> None:
+    check = f"import sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert run(f"{code}; {check}") == "[]"
+
+
+@pytest.mark.parametrize("code", ["import zoo", "import zoo; zoo.list_models()", "import zoo.cli"])
+def test_the_import_stays_within_its_budget(code: str) -> None:
+    """Processor time, which a busy machine does not stretch: 0.3 s, the interpreter's included."""
+    report = "import resource; print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))"
+    assert min(float(run(f"{code}; {report}")) for _ in range(3)) < 0.3
+
+
+def test_load_finds_the_folder_and_checks_it_by_the_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = cards.find("cached-transformer-lm")
+    calls: list[object] = []
+
+    def resolve(*arguments: object) -> hub.Located:
+        calls.append(arguments)
+        return hub.Located(tmp_path, card)
+
+    def load(folder: Path, **options: object) -> str:
+        calls.append((folder, options))
+        return "a module"
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr(checkpoints, "load", load)
+    loaded: object = zoo.load(
+        "x", "v1", device="cpu", dtype="bfloat16", num_classes=3, local_files_only=True, width=4
+    )
+    assert loaded == "a module"
+    assert calls == [
+        ("x", "v1", True),
+        (
+            tmp_path,
+            {
+                "files": card.files,
+                "device": "cpu",
+                "dtype": "bfloat16",
+                "strict": True,
+                "num_classes": 3,
+                "width": 4,
+            },
+        ),
+    ]
+
+
+def test_load_of_an_unknown_name() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'cached-transformer-lm'"):
+        zoo.load("cached-transformer-ml")
+
+
+BUNDLED = ["cached-transformer-lm.tiny-shakespeare"]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_weight_loads_whole(name: str) -> None:
+    module = zoo.load(name, local_files_only=True)
+    card = zoo.info(name)
+    report = module.load_report
+    assert report.loaded
+    assert report.dropped == report.initialised == ()
+    assert sum(parameter.numel() for parameter in module.parameters()) == card.parameters
+    folder = cards.pretrained_folder(name)
+    for record in card.files:
+        assert record == FileRecord.of(record.name, (folder / record.name).read_bytes())
+
+
+def test_every_listed_weight_was_loaded_above() -> None:
+    assert zoo.list_models() == BUNDLED
