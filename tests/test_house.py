@@ -70,7 +70,8 @@ def imports(module: str, at_module_level: bool) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{module}: relative import"
+            assert node.level == 0, f"{module}: relative import"
+            assert node.module, f"{module}: relative import"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 yield full if full in MODULES else node.module

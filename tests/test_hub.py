@@ -195,7 +195,7 @@ def test_another_revision_is_checked_by_its_own_card(fake: FakeHub, revision: st
 
 def test_a_repository_that_the_zoo_does_not_know(fake: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "model_cards" / "alpha.one.md").unlink()
-    folder, card = hub.resolve("someone/alpha")
+    folder, _ = hub.resolve("someone/alpha")
     assert folder.name == COMMIT
     assert card is not None
     assert card.name == "alpha.one"
@@ -208,7 +208,7 @@ def test_a_branch_that_moves_during_a_repair_does_not_mix_commits(fake: FakeHub)
         return flip(content)
 
     fake.corrupt_next = {WEIGHTS_FILE: flip_and_move}
-    folder, card = hub.resolve("someone/alpha")
+    folder, _ = hub.resolve("someone/alpha")
     assert folder.name == COMMIT
     assert (folder / WEIGHTS_FILE).read_bytes() == CONTENTS[WEIGHTS_FILE]
     assert fake.resolutions == ["main"]
@@ -301,7 +301,7 @@ def test_a_card_cannot_point_out_of_the_folder(fake: FakeHub) -> None:
 
 
 def test_an_unknown_name(fake: FakeHub) -> None:
-    with pytest.raises(UnknownNameError, match="Unknown model 'alpah'. Did you mean 'alpha'"):
+    with pytest.raises(UnknownNameError, match=r"Unknown model 'alpah'. Did you mean 'alpha'"):
         hub.resolve("alpah")
     assert fake.resolutions == []
 
@@ -326,7 +326,7 @@ def test_a_weight_that_is_nowhere_yet(fake: FakeHub, tmp_path: Path) -> None:
 @pytest.mark.parametrize("offline", ["flag", "network"])
 def test_offline_and_not_in_the_cache(fake: FakeHub, offline: str) -> None:
     fake.online = offline != "network"
-    with pytest.raises(CheckpointError, match="is not in the cache .* the Hub was not reached"):
+    with pytest.raises(CheckpointError, match=r"is not in the cache .* the Hub was not reached"):
         hub.resolve("alpha", local_files_only=offline == "flag")
 
 
@@ -366,7 +366,7 @@ def test_no_room_for_the_repair(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) 
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match="Cannot write to the cache .*: No space left"):
+    with pytest.raises(CheckpointError, match=r"Cannot write to the cache .*: No space left"):
         hub.resolve("alpha")
 
 

@@ -71,12 +71,12 @@ def test_a_decorator_adds_a_users_class() -> None:
 def test_the_same_class_may_be_registered_again_and_another_may_not() -> None:
     registry.register("tiny", task="nothing", family="mine")(TinyModule)
     registry.register("tiny", task="nothing", family="mine")(TinyModule)
-    with pytest.raises(ConfigError, match="'tiny' is taken by .*TinyModule"):
+    with pytest.raises(ConfigError, match=r"'tiny' is taken by .*TinyModule"):
         registry.register("tiny", task="nothing", family="mine")(OtherModule)
 
 
 def test_a_built_in_name_cannot_be_taken() -> None:
-    with pytest.raises(ConfigError, match="is taken by zoo.tasks"):
+    with pytest.raises(ConfigError, match=r"is taken by zoo.tasks"):
         registry.register("cached-transformer-lm", task="a", family="b")(TinyModule)
 
 

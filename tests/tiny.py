@@ -59,7 +59,7 @@ def write_text(folder: Path, lines: int = 120) -> Path:
 
 
 def write_recipe(folder: Path, **header: str) -> Path:
-    """A recipe of a shrunk language model on `write_text`, with a weight of the zoo in its header."""
+    """A recipe of a shrunk language model on `write_text`; its header names a weight."""
     recipe = training.read_recipe(
         ROOT / "recipes" / "cached-transformer-lm.tiny-shakespeare.yaml",
         [*SHRUNK["cached-transformer-lm"], f"data.path={write_text(folder)}"],

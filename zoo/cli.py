@@ -147,7 +147,9 @@ def _parser() -> _Parser:
     sub.add_argument("--data-dir", help="folder to look for the data in first")
     sub.add_argument("--protocol", action="append", help="only this one; may be repeated")
     sub.add_argument("--record", action="store_true", help="write the results into the folder")
-    sub.add_argument("--run", help="with --record: run folder that the weight comes from")
+    sub.add_argument(
+        "--run", dest="run_folder", help="with --record: run folder that the weight comes from"
+    )
     sub.add_argument("--commit", help="with --record: commit that trained it, if the run lacks it")
 
     sub = command("reproduce", _reproduce, "train from the recipe and compare with the record")
@@ -391,7 +393,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from zoo import evaluation
 
     if options.record:
-        evaluation.record(options.name, run=options.run, commit=options.commit)
+        evaluation.record(options.name, run=options.run_folder, commit=options.commit)
     result = evaluation.evaluate(options.name, options.data_dir, protocols=options.protocol)
     return _show(result, options.json)
 

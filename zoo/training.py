@@ -10,8 +10,8 @@ from, and, when training has finished, `checkpoint/`, an ordinary checkpoint fol
 
 from __future__ import annotations
 
-import dataclasses
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import os
@@ -142,7 +142,8 @@ def read_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     architecture(header["architecture"])
     if header["data"] not in DATA_MODULES:
         raise UnknownNameError(
-            f"{path}: unknown data module {header['data']!r}.{nearest(header['data'], DATA_MODULES)}"
+            f"{path}: unknown data module {header['data']!r}."
+            f"{nearest(header['data'], DATA_MODULES)}"
             f" There are: {', '.join(DATA_MODULES)}."
         )
     return Recipe(

@@ -1,4 +1,4 @@
-"""Where files of data sets come from: a local folder, the cache, the package, or the official address.
+"""Where files of data sets come from: a folder, the cache, the package, the official address.
 
 Every file has a known size and checksum, and is checked whichever way it comes. Archives are never
 extracted here.
@@ -133,7 +133,7 @@ def _download(name: str, source: Source, target: Path) -> Path:
                         file.write(chunk)
                         progress.advance(task, len(chunk))
                 _check(partial, source)
-                os.replace(partial, target)
+                partial.replace(target)
             else:
                 _check(target, source)
     except (OSError, urllib.error.URLError) as error:

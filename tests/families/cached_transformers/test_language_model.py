@@ -32,7 +32,7 @@ MEMORIES = ["grc", "grc-masked", "xl", "none"]
 
 
 def config_of(memory: str, **changes: Any) -> CachedTransformerLMConfig:
-    """A tiny shape; "grc" is the default kind of cache, "grc-masked" is written before it is read."""
+    """A tiny shape; "grc" is the default kind of cache, "grc-masked" is written, then read."""
     kind = "causal-masked" if memory == "grc-masked" else "causal-recurrent"
     source = "attn_out" if memory == "grc-masked" else "input"
     values: dict[str, Any] = {
