@@ -195,7 +195,7 @@ def test_another_revision_is_checked_by_its_own_card(fake: FakeHub, revision: st
 
 def test_a_repository_that_the_zoo_does_not_know(fake: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "model_cards" / "alpha.one.md").unlink()
-    folder, _ = hub.resolve("someone/alpha")
+    folder, card = hub.resolve("someone/alpha")
     assert folder.name == COMMIT
     assert card is not None
     assert card.name == "alpha.one"
