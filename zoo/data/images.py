@@ -174,7 +174,8 @@ def read_parquet_images(
                     f"{path} has no column {column!r}.{nearest(column, names)}"
                     f" There are: {', '.join(names)}."
                 )
-        images, labels = [], []
+        images: list[NDArray[np.uint8]] = []
+        labels: list[int] = []
         batches = file.iter_batches(batch_size=250, columns=[image_column, label_column])
         total = -(-file.metadata.num_rows // 250)
         for batch in track(batches, f"decoding {Path(path).name}", total):
@@ -813,6 +814,11 @@ class ImageDataModule(pl.LightningDataModule):
         return self._test.labels
 
     @property
+    def validation_labels(self) -> Tensor:
+        """Those of the images of `val_dataloader`, int64."""
+        return (self._train[1] or self._test).labels if self.holdout else self.test_labels
+
+    @property
     def _process(self) -> tuple[int, int]:
         """Number of this process, and how many there are."""
         if self.trainer is None:
@@ -843,7 +849,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         """Each image that is held out once; of the test set where none is."""
-        return self._evaluation(self._train[1] or self._test)
+        return self._evaluation((self._train[1] or self._test) if self.holdout else self._test)
 
     def test_dataloader(self) -> DataLoader[ImageBatch]:
         """Each image of the test set once."""
