@@ -845,7 +845,7 @@ class ImageDataModule(pl.LightningDataModule):
         batches = _TrainingBatches(
             self._train[0], self.augment, self.preprocessing, slice(rank, None, world_size)
         )
-        return DataLoader(batches, sampler=sampler, batch_size=None)
+        return _loader(batches, sampler)
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         """Each image that is held out once; of the test set where none is."""
@@ -857,7 +857,15 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _evaluation(self, split: ImageSplit) -> DataLoader[ImageBatch]:
         batches = _EvaluationBatches(split, self.preprocessing, *self._process)
-        return DataLoader(batches, batch_size=None)
+        return _loader(batches)
+
+
+def _loader(
+    batches: Dataset[ImageBatch], sampler: Sampler[_Step] | None = None
+) -> DataLoader[ImageBatch]:
+    # A loader draws a number whenever it is started. From the global source that would shift the
+    # dropout of a resumed run, which starts its loaders at other moments.
+    return DataLoader(batches, sampler=sampler, batch_size=None, generator=torch.Generator())
 
 
 def _set_apart(split: ImageSplit, count: int, where: str) -> tuple[ImageSplit, ImageSplit]:
