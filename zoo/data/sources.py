@@ -7,15 +7,17 @@ extracted here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from zoo.errors import DataError, UnknownNameError, nearest
+from zoo.progress import track
 
 __all__ = ["SOURCES", "Source", "data_dirs", "locate"]
 
@@ -115,34 +117,35 @@ def _check(path: Path, source: Source) -> None:
 def _download(name: str, source: Source, target: Path) -> Path:
     """Fetch to a temporary name under a lock, check, and rename."""
     from filelock import FileLock
-    from rich.progress import Progress
 
-    partial = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(target) + ".lock"):
-            if not target.is_file():  # another process may have been first
-                request = urllib.request.Request(source.url, headers={"User-Agent": "zoo"})
-                with (
-                    urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer,
-                    partial.open("wb") as file,
-                    Progress(transient=True) as progress,
-                ):
-                    task = progress.add_task(name, total=source.size)
-                    while chunk := answer.read(_CHUNK):
-                        file.write(chunk)
-                        progress.advance(task, len(chunk))
+            if target.is_file():  # another process was first
+                _check(target, source)
+                return target
+            partial = target.with_name(target.name + ".part")
+            try:
+                _fetch(name, source, partial)
                 _check(partial, source)
                 partial.replace(target)
-            else:
-                _check(target, source)
-    except (OSError, urllib.error.URLError) as error:
+            finally:
+                # Under the lock: outside of it the file may be another process's.
+                partial.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:
         looked = ", ".join(str(folder / source.path) for folder in data_dirs())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"Data set {name!r} ({source.size / 1e6:.1f} MB, {source.licence}) was not found at "
-            f"{looked}, and could not be downloaded ({error}). Get it with: "
+            f"{looked}, and could not be downloaded ({reason}). Get it with: "
             f"curl --create-dirs -o {target} {source.url}"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
+
+
+def _fetch(name: str, source: Source, path: Path) -> None:
+    request = urllib.request.Request(source.url, headers={"User-Agent": "zoo"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer, path.open("wb") as file:
+        chunks = iter(functools.partial(answer.read, _CHUNK), b"")
+        for chunk in track(chunks, name, -(-source.size // _CHUNK)):
+            file.write(chunk)
