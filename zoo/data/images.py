@@ -25,6 +25,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -550,21 +551,24 @@ def augment_batch(
     """
     count, (height, width) = len(rows), images.shape[2:]
     padding = config.crop_padding
-    tops, lefts = torch.from_numpy(generator.integers(0, 2 * padding + 1, (2, count)))
-    flips = torch.from_numpy(generator.random(count) < 0.5) & config.flip
+    tops, lefts = generator.integers(0, 2 * padding + 1, (2, count))
+    flips = torch.from_numpy(generator.random(count) < 0.5)
     holes = torch.from_numpy(generator.random((2, count)))
     partners = torch.from_numpy(generator.permutation(count))
     share = float(generator.beta(config.mixup, config.mixup)) if config.mixup else 1.0
 
     def picked(which: Tensor) -> Tensor:
-        batch = images[rows[which]]
+        # index_select copies whole images at a time, and so does numpy from views of windows;
+        # indexing a tensor by tensors goes pixel by pixel, and takes many times as long.
+        batch = images.index_select(0, rows[which])
         if padding:
-            # Windows are views, and picking one per image is a single copy.
-            padded = F.pad(batch, (padding,) * 4)
-            windows = padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
-            batch = windows[torch.arange(len(which)), tops[which], lefts[which]]
+            padded = F.pad(batch, (padding,) * 4).numpy()
+            windows = sliding_window_view(padded, (height, width), axis=(2, 3))
+            chosen = windows[np.arange(len(which)), :, tops[which], lefts[which]]
+            batch = torch.from_numpy(chosen)
         if config.flip:
-            batch = torch.where(flips[which].view(-1, 1, 1, 1), batch.flip(3), batch)
+            turned = flips[which].nonzero().flatten()
+            batch.index_copy_(0, turned, batch.index_select(0, turned).flip(3))
         batch = preprocessing.normalise(batch)
         if config.cutout:
             inside = []
