@@ -55,6 +55,30 @@ _architectures = {
             task="language-modeling",
             module="zoo.tasks.language_modeling:LanguageModel",
         ),
+        Architecture(
+            name="sau-shufflenet-v2-x0-5",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX0_5",
+        ),
+        Architecture(
+            name="sau-shufflenet-v2-x1",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX1",
+        ),
+        Architecture(
+            name="sau-shufflenet-v2-x1-5",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX1_5",
+        ),
+        Architecture(
+            name="sau-shufflenet-v2-x2",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX2",
+        ),
     ]
 }
 
