@@ -95,6 +95,7 @@ class Unit(nn.Module):
     ) -> None:
         super().__init__()
         half = outputs // 2
+        self.channels = outputs
         self.branch1: nn.Sequential | None = None
         if stride > 1:
             self.branch1 = nn.Sequential(
