@@ -408,7 +408,8 @@ def read_facts(run: Path) -> dict[str, Any]:
         raise ZooError(f"{run} is no run folder: it needs last.ckpt and recipe.yaml.")
     content = torch.load(last, map_location="cpu", weights_only=True)
     recipe = read_recipe(run / "recipe.yaml")
-    watch = content["callbacks"]["Stopwatch"]
+    watch = next(s for key, s in content["callbacks"].items() if key.endswith("Stopwatch"))
+    averaged = content.get("zoo_published", "network") != "network"
     return {
         "seed": recipe.options.get("seed_everything"),
         "epochs": content["epoch"] + 1,
@@ -418,6 +419,7 @@ def read_facts(run: Path) -> dict[str, Any]:
         "wall_minutes": round(watch["wall_s"] / 60, 1),
         "machine": machine(),
         "source_commit": content.get("zoo_commit"),
+        **({"weights": "exponential moving average"} if averaged else {}),
     }
 
 
