@@ -16,8 +16,10 @@ import importlib
 import inspect
 import os
 import signal
+import sys
 import threading
 import time
+import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import Any
 import yaml
 
 from zoo.cards import shipped_folder
+from zoo.configs import build
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
 from zoo.files import NO_ROOM
 from zoo.registry import architecture
@@ -43,6 +46,7 @@ __all__ = [
 ]
 
 DATA_MODULES: dict[str, str] = {
+    "images": "zoo.data.images:ImageDataModule",
     "text": "zoo.data.text:TextDataModule",
 }
 """Data modules that a recipe can name."""
@@ -247,7 +251,7 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
         return CLI(
             module_class,
             data_class,
-            args=recipe.options,
+            args=_with_usable_precision(recipe.options),
             run=False,
             save_config_callback=None,
             seed_everything_default=0,
@@ -263,6 +267,25 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(f"{recipe.path}: {_first_line(error)}") from error
+
+
+def _with_usable_precision(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, in float32 where bfloat16 was asked of a processor that can only emulate it.
+
+    Without bfloat16 instructions matrix products are about a hundred times slower than in float32.
+    """
+    import torch
+
+    trainer = options.get("trainer", {})
+    on_cpu = trainer.get("accelerator", "auto") == "cpu" or not torch.accelerator.is_available()
+    if (
+        trainer.get("precision") != "bf16-mixed"
+        or not on_cpu
+        or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return options
+    print("This processor has no bfloat16 arithmetic: training in float32.", file=sys.stderr)
+    return {**options, "trainer": {**trainer, "precision": "32-true"}}
 
 
 def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -> Any:
@@ -283,6 +306,10 @@ def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) 
     for key in options:
         if key not in known:
             raise ConfigError(f"{recipe.path}: unknown option data.{key}.{nearest(key, known)}")
+    hints = typing.get_type_hints(data_class.__init__)
+    for key, value in options.items():
+        if dataclasses.is_dataclass(hints.get(key)):
+            options[key] = build(hints[key], value, f"{recipe.path}: data.{key}")
     try:
         return data_class(**options)
     except (TypeError, ValueError) as error:
@@ -331,7 +358,12 @@ def fit(
     with warnings.catch_warnings():
         _quieten()
         bar = recipe.options.get("trainer", {}).get("enable_progress_bar", True)
-        cli = instantiate(recipe, callbacks=_callbacks(folder, bar), num_sanity_val_steps=0)
+        cli = instantiate(
+            recipe,
+            callbacks=_callbacks(folder, bar),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the data modules share batches out themselves
+        )
         resolved = _resolved(cli, recipe)
         if last.exists():
             _check_same(resolved, folder / "recipe.yaml")
@@ -384,7 +416,8 @@ def read_facts(run: Path) -> dict[str, Any]:
         raise ZooError(f"{run} is no run folder: it needs last.ckpt and recipe.yaml.")
     content = torch.load(last, map_location="cpu", weights_only=True)
     recipe = read_recipe(run / "recipe.yaml")
-    watch = content["callbacks"]["Stopwatch"]
+    # The key is the qualified name, which says in which function the class stands.
+    watch = next(s for key, s in content["callbacks"].items() if key.endswith("Stopwatch"))
     return {
         "seed": recipe.options.get("seed_everything"),
         "epochs": content["epoch"] + 1,
@@ -398,8 +431,6 @@ def read_facts(run: Path) -> dict[str, Any]:
 
 
 def _callbacks(folder: Path, progress_bar: bool) -> list[Any]:
-    import sys
-
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 
     class Stopwatch(Callback):
@@ -465,6 +496,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    # The recipe is passed to LightningCLI as values; the words of the command are ours.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
 
 
 def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:
