@@ -36,10 +36,11 @@ def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> li
         ZooError: matplotlib is missing, or the run folder has no metrics.
     """
     out = Path("model_cards/figures") / card.name if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
+    metrics = read_metrics(Path(run))
     folder, _ = hub.resolve(card.name)
     module = checkpoints.load(folder, files=card.files)
-    paths = [_loss_curves(read_metrics(Path(run)), out / "loss.png")]
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [_loss_curves(metrics, out / "loss.png")]
     if card.task == "language-modeling":
         recipe = training.read_recipe(folder / "recipe.yaml")
         datamodule = training.data_module(recipe)
