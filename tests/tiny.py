@@ -42,7 +42,14 @@ _LANGUAGE_MODEL = [
     "data.streams=4",
 ]
 
-SHRUNK: dict[str, list[str]] = {"cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL]}
+_IMAGES = ["trainer.check_val_every_n_epoch=1", "trainer.limit_val_batches=1", "data.batch_size=8"]
+
+SHRUNK: dict[str, list[str]] = {
+    "cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL],
+    "sau-shufflenet-v2-x0-5": [*_TRAINER, *_IMAGES],
+    "sau-shufflenet-v2-x1": [*_TRAINER, *_IMAGES],
+    "sau-shufflenet-v2-x2": [*_TRAINER, *_IMAGES],
+}
 """Architecture -> overrides that make a second's training of any of its recipes."""
 
 LESS_DATA: dict[str, list[str]] = {"text": ["data.validation_fraction=0.01"]}

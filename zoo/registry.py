@@ -68,12 +68,6 @@ _architectures = {
             module="zoo.tasks.sau_shufflenet:SAUShuffleNetX1",
         ),
         Architecture(
-            name="sau-shufflenet-v2-x1-5",
-            family="sau-shufflenet",
-            task="image-classification",
-            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX1_5",
-        ),
-        Architecture(
             name="sau-shufflenet-v2-x2",
             family="sau-shufflenet",
             task="image-classification",

@@ -14,7 +14,6 @@ __all__ = [
     "SAUShuffleNet",
     "SAUShuffleNetX0_5",
     "SAUShuffleNetX1",
-    "SAUShuffleNetX1_5",
     "SAUShuffleNetX2",
 ]
 
@@ -61,17 +60,6 @@ class SAUShuffleNetX1(SAUShuffleNet):
 
     def __init__(
         self, network: ShuffleNetConfig = ShuffleNetConfig(width=1.0), **options: Any
-    ) -> None:
-        super().__init__(network, **options)
-
-
-class SAUShuffleNetX1_5(SAUShuffleNet):  # noqa: N801
-    """ShuffleNet V2 1.5x."""
-
-    width = 1.5
-
-    def __init__(
-        self, network: ShuffleNetConfig = ShuffleNetConfig(width=1.5), **options: Any
     ) -> None:
         super().__init__(network, **options)
 

@@ -109,13 +109,15 @@ def swap_activation(
         if not path or kind not in wanted:
             continue
         if module not in made:
-            made[module] = make().to(device).train(module.training)
+            made[module] = make().train(module.training)
+            if device is not None:
+                made[module].to(device)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, made[module])
         replaced[path] = kind
     if not replaced:
         raise ValueError(
-            f"{type(model).__name__} has no modules to replace (looked for {', '.join(kinds)}); "
+            f"{type(model).__name__} has no modules to replace (looked for {', '.join(sorted(wanted))}); "
             "what is called as a function cannot be replaced"
         )
     return SwapReport(replaced)
