@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tiny_images
 import yaml
 
 import zoo.cli
@@ -42,7 +46,22 @@ _LANGUAGE_MODEL = [
     "data.streams=4",
 ]
 
-_IMAGES = ["trainer.check_val_every_n_epoch=1", "trainer.limit_val_batches=1", "data.batch_size=8"]
+
+def _made_images() -> str:
+    """A folder of pictures, made when the tests start and removed when they end."""
+    folder = tempfile.mkdtemp(prefix="zoo-images-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(tiny_images.write_folder(Path(folder)))
+
+
+_IMAGES = [
+    "trainer.check_val_every_n_epoch=1",
+    f"data.path={_made_images()}",
+    f"data.size={list(tiny_images.SIZE)}",
+    "data.batch_size=8",
+    f"model.network.num_classes={len(tiny_images.CLASSES)}",
+    "model.network.in_channels=3",
+]
 
 SHRUNK: dict[str, list[str]] = {
     "cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL],

@@ -193,9 +193,7 @@ def _evaluate(
     return y, slope.to(x.dtype) if keep_slope else None
 
 
-def _terms(
-    x: Tensor, alpha: float | Tensor, beta: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _terms(x: Tensor, alpha: float | Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope, 1 - Phi(b x) and phi(b x) / b."""
     if isinstance(alpha, Tensor):
         alpha = alpha.to(x.dtype)

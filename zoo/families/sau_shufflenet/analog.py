@@ -144,10 +144,7 @@ class AnalogLayer(nn.Module):
             return self.layer(x)  # type: ignore[no-any-return]
         if config.inputs:
             x = self._enter(x / self.input_scale) * self.input_scale
-        if config.weights:
-            y = functional_call(self.layer, self._weights(), (x,))
-        else:
-            y = self.layer(x)
+        y = functional_call(self.layer, self._weights() if config.weights else {}, (x,))
         if config.outputs:
             noisy = _add_noise(y / self.output_scale, self.std, self.generator)
             y = reduce_precision(noisy.clamp(-1, 1), config.levels) * self.output_scale
@@ -162,7 +159,7 @@ class AnalogLayer(nn.Module):
         weights = {}
         for name, value in self.layer.named_parameters():
             stored = value.detach()
-            one = torch.ones_like(stored[..., :1].amax())
+            one = stored.new_ones(())
             if self.config.scale == "calibrated" and stored.any():
                 one = stored.abs().max()
             weights[name] = value + (self._enter(stored / one) * one - stored)

@@ -116,8 +116,9 @@ def swap_activation(
         setattr(model.get_submodule(parent), child, made[module])
         replaced[path] = kind
     if not replaced:
+        looked_for = ", ".join(sorted(wanted))
         raise ValueError(
-            f"{type(model).__name__} has no modules to replace (looked for {', '.join(sorted(wanted))}); "
-            "what is called as a function cannot be replaced"
+            f"{type(model).__name__} has no modules to replace (looked for {looked_for}); what is "
+            "called as a function cannot be replaced"
         )
     return SwapReport(replaced)
