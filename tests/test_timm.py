@@ -70,6 +70,6 @@ def test_timm_models_take_the_layer(name: str) -> None:
 
 
 def test_pretrained_is_refused_in_one_line() -> None:
-    with pytest.raises(ZooError, match="pretrained ones come from zoo.load") as caught:
+    with pytest.raises(ZooError, match=r"pretrained ones come from zoo\.load") as caught:
         timm.create_model(NAMES[1], pretrained=True)
     assert "\n" not in str(caught.value)

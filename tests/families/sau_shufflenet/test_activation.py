@@ -391,5 +391,5 @@ def test_bad_arguments(make: object, message: str) -> None:
 
 
 def test_integers_are_refused() -> None:
-    with pytest.raises(TypeError, match="floating point tensors, got torch.int64"):
+    with pytest.raises(TypeError, match=r"floating point tensors, got torch\.int64"):
         sau(torch.arange(3))

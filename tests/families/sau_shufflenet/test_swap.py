@@ -72,7 +72,7 @@ class Functional(nn.Module):
 
 @pytest.mark.parametrize("model", [Functional(), nn.Linear(2, 2), nn.ReLU()])
 def test_nothing_to_replace(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="no modules to replace .* called as a function"):
+    with pytest.raises(ValueError, match=r"no modules to replace .* called as a function"):
         swap_activation(model, "sau-2")
 
 

@@ -62,8 +62,8 @@ def sau(x: Tensor, alpha: float | Tensor = 0.15, beta: float | Tensor = 2.0) -> 
     Any finite `x` and any `beta` up to 1e5 give finite values and gradients in float64, float32,
     bfloat16 and float16. The absolute error is a few units in the last place of the larger of 1
     and `x`. For backward one tensor of the size of `x` is kept: the slope where only `x` needs a
-    gradient, and `x` itself otherwise. Second derivatives come from the slope alone, so that in half
-    precision they have no more digits than it.
+    gradient, and `x` itself otherwise. Second derivatives come from the slope alone, so that in
+    half precision they have no more digits than it.
 
     Args:
         x: any shape and floating dtype; strides are kept.
@@ -101,7 +101,7 @@ def _check_range(alpha: float | Tensor, beta: float | Tensor) -> None:
 
 
 def _per_channel(x: Tensor, name: str, value: float | Tensor) -> float | Tensor:
-    """Shape a parameter so that it broadcasts along dimension 1; one value becomes 0-dimensional."""
+    """Shape a parameter to broadcast along dimension 1; one value becomes 0-dimensional."""
     if not isinstance(value, Tensor):
         return value
     if value.numel() == 1:
