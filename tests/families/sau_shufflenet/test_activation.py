@@ -249,7 +249,6 @@ def test_any_layout(preset: str) -> None:
         base.contiguous(memory_format=torch.channels_last),
         base.repeat(1, 2, 1, 1)[:, :6],
         base.transpose(0, 1).contiguous().transpose(0, 1),
-        base[:1].expand(2, -1, -1, -1)[:1].repeat(2, 1, 1, 1) * 0 + base,
     ):
         x = x.detach().requires_grad_()
         y = layer(x)

@@ -247,13 +247,9 @@ def _gradients(
 
 def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Corresponding pieces of dense tensors of equal strides, as they lie in memory."""
-    flat = [
-        [None] * -(-max(t.numel() for t in tensors if t is not None) // _BLOCK)
-        if tensor is None
-        else tensor.as_strided((tensor.numel(),), (1,)).split(_BLOCK)
-        for tensor in tensors
-    ]
-    return zip(*flat, strict=True)
+    flat = [None if t is None else t.as_strided((t.numel(),), (1,)).split(_BLOCK) for t in tensors]
+    count = max(len(pieces) for pieces in flat if pieces is not None)
+    return zip(*([None] * count if p is None else p for p in flat), strict=True)
 
 
 def _dense(x: Tensor) -> tuple[Tensor, Tensor]:
