@@ -1,9 +1,8 @@
-"""SAU against the convolution it is defined by, in forty digits, and against finite differences."""
+"""SAU against the convolution it is defined by, in many digits, and against finite differences."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import math
 
 import mpmath
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from zoo.families.sau_shufflenet import SAU, SAU_PRESETS, sau
 from zoo.families.sau_shufflenet import activation as module
 
-ALPHAS = (-0.3, 0.0, 0.15, 0.25, 0.9)
+ALPHAS = (-0.3, 0.0, 0.15, 0.9)
 BETAS = (0.5, 1.0, 5.0, 50.0)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -25,7 +24,7 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 def convolved(x: float, alpha: float, beta: float) -> float:
     """Leaky ReLU convolved with a normal density of standard deviation 1 / beta, by quadrature."""
-    with mpmath.workdps(40):
+    with mpmath.workdps(25):
         x, alpha, beta = mpmath.mpf(x), mpmath.mpf(alpha), mpmath.mpf(beta)
 
         def integrand(t: mpmath.mpf) -> mpmath.mpf:
@@ -37,23 +36,14 @@ def convolved(x: float, alpha: float, beta: float) -> float:
         return float(mpmath.quad(integrand, points))
 
 
-@functools.cache
-def grid(beta: float) -> tuple[float, ...]:
-    return tuple(t / beta for t in (-9.0, -4.0, -1.5, -0.3, 0.0, 1e-4, 0.7, 2.0, 6.0))
-
-
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("beta", BETAS)
 def test_value_is_the_convolution(alpha: float, beta: float) -> None:
-    x = torch.tensor(grid(beta), dtype=torch.float64)
-    expected = torch.tensor([convolved(v, alpha, beta) for v in grid(beta)], dtype=torch.float64)
-    torch.testing.assert_close(sau(x, alpha, beta), expected, rtol=1e-13, atol=2e-15)
-    torch.testing.assert_close(
-        sau(x.float(), alpha, beta).double(),
-        torch.tensor([convolved(float(v), alpha, beta) for v in x.float()], dtype=torch.float64),
-        rtol=3e-7,
-        atol=4e-7 / min(beta, 1.0),
-    )
+    x = torch.tensor([-9.0, -1.5, 0.0, 0.3, 4.0]) / beta
+    expected = torch.tensor([convolved(float(v), alpha, beta) for v in x], dtype=torch.float64)
+    torch.testing.assert_close(sau(x.double(), alpha, beta), expected, rtol=1e-13, atol=2e-15)
+    allowed = 4e-7 / min(beta, 1.0)
+    torch.testing.assert_close(sau(x, alpha, beta).double(), expected, rtol=3e-7, atol=allowed)
 
 
 # Alpha, beta, x, value, and derivatives in x, alpha and beta, from 40-digit quadrature.
@@ -153,8 +143,8 @@ def test_finite_and_between_its_bounds(
 ) -> None:
     beta = math.exp(log_beta)
     inputs = torch.tensor(x, dtype=dtype, requires_grad=True)
-    a = torch.tensor(alpha, requires_grad=trained)
-    b = torch.tensor(beta, requires_grad=trained)
+    a = torch.tensor(alpha, dtype=torch.float64, requires_grad=trained)
+    b = torch.tensor(beta, dtype=torch.float64, requires_grad=trained)
     y = sau(inputs, a, b) if trained else sau(inputs, alpha, beta)
     y.sum().backward()
     assert y.dtype == dtype
@@ -178,7 +168,7 @@ def test_finite_and_between_its_bounds(
 @pytest.mark.parametrize("beta", [1.0, 20_000.0, 1e5])
 def test_extreme_inputs(dtype: torch.dtype, beta: float) -> None:
     info = torch.finfo(dtype)
-    ends = [info.max, info.max / 4, 3.3, 1.0, 1e-5, info.tiny, info.smallest_subnormal, 0.0]
+    ends = [info.max, info.max / 4, 3.3, 1.0, 1e-5, info.tiny, info.tiny * info.eps, 0.0]
     x = torch.tensor([*ends, *(-v for v in ends)], dtype=dtype, requires_grad=True)
     y = sau(x, 0.15, beta)
     y.sum().backward()
@@ -326,17 +316,20 @@ def test_compiled_equals_eager(preset: str) -> None:
 
 
 def test_layer_learns_its_parameters() -> None:
-    torch.manual_seed(0)
-    target, layer = SAU(0.4, 5.0), SAU.preset("1-trained")
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
-    x = torch.randn(2000)
-    for _ in range(300):
+    target, layer = SAU(0.4, 5.0).double(), SAU.preset("1-trained").double()
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    x = shaped(500).detach()
+
+    def loss() -> Tensor:
         optimizer.zero_grad()
-        (layer(x) - target(x)).square().mean().backward()
-        optimizer.step()
+        error = (layer(x) - target(x)).square().sum()
+        error.backward()
+        return error
+
+    optimizer.step(loss)
     assert isinstance(layer.alpha, nn.Parameter)
-    assert layer.alpha.item() == pytest.approx(0.4, abs=0.01)
-    assert float(layer.beta) == pytest.approx(5.0, rel=0.05)
+    assert layer.alpha.item() == pytest.approx(0.4, rel=1e-3)
+    assert float(layer.beta) == pytest.approx(5.0, rel=1e-3)
 
 
 def test_layer_state() -> None:

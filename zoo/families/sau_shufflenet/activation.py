@@ -247,7 +247,10 @@ def _gradients(
 
 def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Corresponding pieces of dense tensors of equal strides, as they lie in memory."""
-    flat = [None if t is None else t.as_strided((t.numel(),), (1,)).split(_BLOCK) for t in tensors]
+    flat = [
+        None if t is None else torch.split(t.as_strided((t.numel(),), (1,)), _BLOCK)
+        for t in tensors
+    ]
     count = max(len(pieces) for pieces in flat if pieces is not None)
     return zip(*([None] * count if p is None else p for p in flat), strict=True)
 

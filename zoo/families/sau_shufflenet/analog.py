@@ -83,6 +83,12 @@ def reduce_precision(x: Tensor, levels: int) -> Tensor:
     return x + (rounded - x).detach()
 
 
+def _clamp(x: Tensor) -> Tensor:
+    """To [-1, 1]. The gradient passes within, ends included, where quantised values often are;
+    that of `torch.clamp` has come and gone there."""
+    return torch.where(x.abs() <= 1, x, x.detach().clamp(-1, 1))
+
+
 def noise_std(error_probability: float, levels: int) -> float:
     """Standard deviation of Gaussian noise that moves a value on a level to another one with the
     given probability: 1 / (2 sqrt(2) p erfinv(1 - EP)).
@@ -147,12 +153,12 @@ class AnalogLayer(nn.Module):
         y = functional_call(self.layer, self._weights() if config.weights else {}, (x,))
         if config.outputs:
             noisy = _add_noise(y / self.output_scale, self.std, self.generator)
-            y = reduce_precision(noisy.clamp(-1, 1), config.levels) * self.output_scale
+            y = reduce_precision(_clamp(noisy), config.levels) * self.output_scale
         return y
 
     def _enter(self, x: Tensor) -> Tensor:
         assert self.config.levels is not None
-        quantised = reduce_precision(x.clamp(-1, 1), self.config.levels)
+        quantised = reduce_precision(_clamp(x), self.config.levels)
         return _add_noise(quantised, self.std, self.generator)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -254,7 +260,7 @@ def gradient_error(
     grid = grid[grid.abs() <= largest + 1e-12]
 
     def read(x: Tensor) -> Tensor:
-        return reduce_precision(_add_noise(x, std, generator).clamp(-1, 1), levels)
+        return reduce_precision(_clamp(_add_noise(x, std, generator)), levels)
 
     exact = grid[:, None] * grid[None, :]
     shape = exact.shape

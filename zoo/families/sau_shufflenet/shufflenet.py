@@ -78,7 +78,8 @@ def _interleave(a: Tensor, b: Tensor) -> Tensor:
     if b.is_contiguous() or not b.is_contiguous(memory_format=torch.channels_last):
         return torch.stack((a, b), 2).flatten(1, 2)
     joined = torch.cat((a, b), 1).permute(0, 2, 3, 1)
-    return joined.unflatten(3, (2, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
+    shuffled = torch.unflatten(joined, 3, (2, -1)).transpose(3, 4).flatten(3)
+    return shuffled.permute(0, 3, 1, 2)
 
 
 class Unit(nn.Module):
