@@ -45,8 +45,8 @@ class _ShuffleNet(ShuffleNetV2):
             swap_activation(self, act_layer)
         first = 2 if stem == "small" else 8
         self.feature_info = [
-            {"num_chs": stage[-1].channels, "reduction": first << i, "module": f"stages.{i}"}
-            for i, stage in enumerate(self.stages)
+            {"num_chs": channels, "reduction": first << i, "module": f"stages.{i}"}
+            for i, channels in enumerate(self.stage_channels)
         ]
         self.reset_classifier(num_classes)
 
