@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from tiny import SEGMENT, write_recipe
 
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.cards import Control
-from zoo.errors import ZooError
+from zoo.errors import UnknownNameError, ZooError
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE
 
 NAME = "cached-transformer-lm.tiny-shakespeare"
@@ -165,6 +166,25 @@ def test_finished_runs_are_kept(trained: Trained, monkeypatch: pytest.MonkeyPatc
     assert one.result.seed_spread is None
     with pytest.raises(AssertionError, match="trained again"):
         controls.run(NAME, seeds=(1, 2, 3), out=trained.out)
+
+
+def test_an_unknown_control_trains_nothing(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="has no control 'b-grcc'.*Did you mean 'b-grc'"):
+        controls.run(NAME, only=["b-grcc"], out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_controls_may_have_unlike_numbers_of_seeds(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained.out, out)
+    shutil.rmtree(out / "a-none" / f"seed_{SEEDS[1]}")
+    model, control = controls.collect(NAME, seeds=SEEDS, out=out)[:2]
+    assert (model.name, model.result.seeds) == ("with a cache", SEEDS)
+    assert (control.name, control.result.seeds) == ("without", SEEDS[:1])
+    assert control.result.seed_spread is None
+    # Nothing is left to train of the model, and the control is not asked for.
+    controls.run(NAME, seeds=SEEDS, out=out, only=["b-grc"])
+    assert not (out / "a-none" / f"seed_{SEEDS[1]}").exists()
 
 
 def test_a_missing_run(trained: Trained) -> None:

@@ -38,7 +38,7 @@ def test_trained_activations_come_back(model: Any) -> None:
     assert len(layers) == 37
     assert all(layer.log_beta is not None for layer in layers)
     assert model.load_report.dropped == model.load_report.initialised == ()
-    assert any(float(layer.alpha) != pytest.approx(0.15, abs=1e-7) for layer in layers)
+    assert any(layer.alpha.item() != pytest.approx(0.15, abs=1e-7) for layer in layers)
 
 
 def test_paths_and_pictures_get_names_and_probabilities(model: Any, tmp_path: Path) -> None:
