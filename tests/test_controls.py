@@ -169,7 +169,7 @@ def test_finished_runs_are_kept(trained: Trained, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_unknown_control_trains_nothing(trained: Trained, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="has no control 'b-grcc'.*Did you mean 'b-grc'"):
+    with pytest.raises(UnknownNameError, match=r"has no control 'b-grcc'.*Did you mean 'b-grc'"):
         controls.run(NAME, only=["b-grcc"], out=tmp_path)
     assert not list(tmp_path.iterdir())
 
