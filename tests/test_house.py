@@ -114,3 +114,29 @@ def test_families_are_pure_torch(family: str) -> None:
         if module.startswith(f"zoo.families.{family}"):
             for imported in imports(module, at_module_level=False):
                 assert not imported.startswith(("lightning", "torchvision.datasets")), module
+
+
+def test_every_name_that_a_module_offers_is_there() -> None:
+    covered = 0
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defined: set[str] = set()
+        offered: list[str] = []
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                defined.update(alias.asname or alias.name for alias in node.names)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+                defined.update(names)
+                if "__all__" in names:
+                    assert node.value is not None
+                    offered = ast.literal_eval(node.value)
+        if module == "zoo":  # imports on first use; see test_public_face.py
+            continue
+        covered += bool(offered)
+        assert set(offered) <= defined, module
+        assert len(offered) == len(set(offered)), module
+    assert covered >= 15
