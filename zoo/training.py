@@ -418,6 +418,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     recipe = read_recipe(run / "recipe.yaml")
     # The key is the qualified name, which says in which function the class stands.
     watch = next(s for key, s in content["callbacks"].items() if key.endswith("Stopwatch"))
+    averaged = content.get("zoo_published", "network") != "network"
     return {
         "seed": recipe.options.get("seed_everything"),
         "epochs": content["epoch"] + 1,
@@ -427,6 +428,7 @@ def read_facts(run: Path) -> dict[str, Any]:
         "wall_minutes": round(watch["wall_s"] / 60, 1),
         "machine": machine(),
         "source_commit": content.get("zoo_commit"),
+        **({"weights": "exponential moving average"} if averaged else {}),
     }
 
 
