@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.benchmarks._harness import Comparison, race
 from tests.benchmarks._subprocesses import python
 
-ROUNDS = 7
+ROUNDS = 4
 MODEL = "cached-transformer-lm"
 PEER = "vit_tiny_patch16_224"
 """Of 5.7 million parameters, as the bundled weight."""

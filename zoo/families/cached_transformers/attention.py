@@ -200,10 +200,11 @@ class MultiHeadAttention(nn.Module):
 
     def _rows(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
         """Weight and bias of the fused projection, each as that of queries and of the rest."""
-        sizes = (self.dim, 2 * self.dim)
+        sizes = [self.dim, 2 * self.dim]
         # Slices instead would each fill a tensor with zeros in the backward pass.
-        for_q, for_kv = self.qkv.weight.split(sizes)
-        bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        for_q, for_kv = torch.split(self.qkv.weight, sizes)
+        bias = self.qkv.bias
+        bias_q, bias_kv = (None, None) if bias is None else torch.split(bias, sizes)
         return (for_q, for_kv), (bias_q, bias_kv)
 
     def _normalise(self, x: Tensor, rotary: Tensor | None) -> Tensor:
@@ -671,7 +672,8 @@ class GRCAttention(nn.Module):
             share = torch.tensor(weight[:known], dtype=source.dtype, device=source.device)
             update = torch.lerp(update, source[:, high[:known]], share[:, None].expand_as(update))
         if known == slots:
-            return self.update(old, update.to(old.dtype))  # type: ignore[no-any-return]
+            whole: Tensor = self.update(old, update.to(old.dtype))
+            return whole
         new = self.update(old[:, :known], update.to(old.dtype))
         return torch.cat((new, old[:, known:]), 1)
 
@@ -710,7 +712,7 @@ class GRCAttention(nn.Module):
         cached = torch.unflatten(m, -1, (self.num_heads, -1))
         # Only the channels that both have are mixed; zeros would be written, read and added.
         shared = cached.shape[-1]
-        both, rest = own.split((shared, own.shape[-1] - shared), -1)
+        both, rest = torch.split(own, [shared, own.shape[-1] - shared], -1)
         mixed = torch.cat((torch.lerp(both, cached, weight), rest * (1 - weight)), -1)
         out: Tensor = self.out(mixed.flatten(2))
         return out
