@@ -11,13 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "zoo"
 
 FLOORS = [
-    {"zoo.errors"},
+    {"zoo.errors", "zoo.sandbox"},
     {"zoo.configs", "zoo.files", "zoo.progress"},
     {"zoo._card_tables", "zoo.registry"},
     {"zoo.cards", "zoo.families"},
     {"zoo.data"},
     {"zoo.tasks"},
     {"zoo.checkpoints", "zoo.hub"},
+    {"zoo.publishing"},
     {"zoo.training"},
     {"zoo.evaluation"},
     {"zoo.controls", "zoo.figures"},
@@ -35,6 +36,7 @@ WITHOUT_TORCH = {
     "zoo.files",
     "zoo.hub",
     "zoo.registry",
+    "zoo.sandbox",
 }
 """Import no torch at module level, nor anything of ours that does."""
 

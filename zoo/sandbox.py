@@ -1,4 +1,4 @@
-"""A Hub on this machine: a server that speaks the Hub's protocol, to try publishing without an account.
+"""A Hub on this machine: a server that speaks its protocol, to publish to without an account.
 
 `zoo hub-sandbox` starts it; the tests publish to it and load from it with the unmodified client. It
 lives in memory, listens on 127.0.0.1, and uses the standard library alone. Repositories of models,
@@ -187,7 +187,7 @@ class _Answer(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """An error answer, with the header by which the client chooses its exception."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
@@ -217,7 +217,7 @@ class _Call(NamedTuple):
     def json(self) -> dict[str, Any]:
         values = json.loads(self.body or b"{}")
         if not isinstance(values, dict):
-            raise _Refused(400, "expected a JSON object")
+            raise _RefusedError(400, "expected a JSON object")
         return values
 
 
@@ -253,7 +253,9 @@ class Sandbox:
         self._stopped = threading.Event()
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.sandbox = self
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
 
     @property
     def url(self) -> str:
@@ -303,9 +305,7 @@ class Sandbox:
                         return fault
         return None
 
-    def _answer(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes
-    ) -> _Answer:
+    def _answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> _Answer:
         split = urllib.parse.urlsplit(path)
         try:
             with self._lock:
@@ -321,25 +321,25 @@ class Sandbox:
                         return handler(
                             self, _Call(method, split.path, query, headers, body, user, parts)
                         )
-            raise _Refused(404, f"The sandbox has nothing at {method} {split.path}")
-        except _Refused as refused:
+            raise _RefusedError(404, f"The sandbox has nothing at {method} {split.path}")
+        except _RefusedError as refused:
             return refused.answer()
         except (ValueError, KeyError, TypeError) as error:
-            return _Refused(400, f"not understood: {type(error).__name__} {error}").answer()
+            return _RefusedError(400, f"not understood: {type(error).__name__} {error}").answer()
 
     def _user(self, headers: Mapping[str, str]) -> User | None:
         token = headers.get("authorization", "").removeprefix("Bearer ").strip()
         if not token:
             return None
         if token not in self.users:
-            raise _Refused(401, "Invalid credentials in Authorization header")
+            raise _RefusedError(401, "Invalid credentials in Authorization header")
         return self.users[token]
 
     def _writer(self, call: _Call, owner: str) -> User:
         if call.user is None:
-            raise _Refused(401, "Log in to do this")
+            raise _RefusedError(401, "Log in to do this")
         if not call.user.may_write or owner not in (call.user.name, *call.user.organizations):
-            raise _Refused(403, f"The token has no right to write to {owner}")
+            raise _RefusedError(403, f"The token has no right to write to {owner}")
         return call.user
 
     def _readable(self, call: _Call) -> Repository:
@@ -351,7 +351,9 @@ class Sandbox:
         )
         if repository is None or hidden:
             # As on the Hub, a private repository looks like none.
-            raise _Refused(401 if user is None else 404, "Repository not found", "RepoNotFound")
+            raise _RefusedError(
+                401 if user is None else 404, "Repository not found", "RepoNotFound"
+            )
         return repository
 
     def _writable(self, call: _Call) -> Repository:
@@ -363,13 +365,13 @@ class Sandbox:
         try:
             return repository.find(revision)
         except KeyError:
-            raise _Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound") from None
+            raise _RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound") from None
 
     # --- repositories ----------------------------------------------------------------------------
 
     def _whoami(self, call: _Call) -> _Answer:
         if call.user is None:
-            raise _Refused(401, "Invalid username or password.")
+            raise _RefusedError(401, "Invalid username or password.")
         role = "write" if call.user.may_write else "read"
         return _json(
             {
@@ -384,7 +386,7 @@ class Sandbox:
     def _create(self, call: _Call) -> _Answer:
         values = call.json
         if values.get("type", "model") != "model":
-            raise _Refused(400, "The sandbox holds models only")
+            raise _RefusedError(400, "The sandbox holds models only")
         owner = values.get("organization") or (call.user.name if call.user else "")
         self._writer(call, owner)
         repo_id = f"{owner}/{values['name']}"
@@ -400,7 +402,7 @@ class Sandbox:
         owner = values.get("organization") or (call.user.name if call.user else "")
         self._writer(call, owner)
         if self.repositories.pop(f"{owner}/{values['name']}", None) is None:
-            raise _Refused(404, "Repository not found", "RepoNotFound")
+            raise _RefusedError(404, "Repository not found", "RepoNotFound")
         return _json({})
 
     def _validate_card(self, call: _Call) -> _Answer:
@@ -442,11 +444,11 @@ class Sandbox:
         if call.query.get("recursive", "").lower() not in ("true", "1"):
             folders = {path for path in folders if "/" not in path.removeprefix(prefix)}
         if folder and not entries and not folders:
-            raise _Refused(404, f"{folder} does not exist", "EntryNotFound")
-        return _json(
-            [*({"type": "directory", "path": p, "size": 0, "oid": "0" * 40} for p in folders)]
-            + entries
-        )
+            raise _RefusedError(404, f"{folder} does not exist", "EntryNotFound")
+        directories = [
+            {"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders
+        ]
+        return _json([*directories, *entries])
 
     def _paths(self, call: _Call) -> _Answer:
         commit = self._commit_of(self._readable(call), call.parts["rev"])
@@ -495,10 +497,10 @@ class Sandbox:
         repository, name = self._writable(call), call.parts["name"]
         if call.method == "DELETE":
             if repository.branches.pop(name, None) is None:
-                raise _Refused(404, f"no branch {name}", "RevisionNotFound")
+                raise _RefusedError(404, f"no branch {name}", "RevisionNotFound")
             return _json({})
         if name in repository.branches:
-            raise _Refused(409, "Reference already exists")
+            raise _RefusedError(409, "Reference already exists")
         start = self._commit_of(repository, call.json.get("startingPoint") or "main")
         repository.branches[name] = start.oid
         return _json({})
@@ -506,14 +508,14 @@ class Sandbox:
     def _add_tag(self, call: _Call) -> _Answer:
         repository, values = self._writable(call), call.json
         if values["tag"] in repository.tags:
-            raise _Refused(409, "Tag reference exists already")
+            raise _RefusedError(409, "Tag reference exists already")
         commit = self._commit_of(repository, call.parts["rev"])
         repository.tags[values["tag"]] = (commit.oid, values.get("message"))
         return _json({})
 
     def _delete_tag(self, call: _Call) -> _Answer:
         if self._writable(call).tags.pop(call.parts["rev"], None) is None:
-            raise _Refused(404, "no such tag", "RevisionNotFound")
+            raise _RefusedError(404, "no such tag", "RevisionNotFound")
         return _json({})
 
     # --- uploads ---------------------------------------------------------------------------------
@@ -558,7 +560,7 @@ class Sandbox:
     def _upload(self, call: _Call) -> _Answer:
         ticket, number = call.parts["ticket"], call.parts["number"]
         if ticket not in self._tickets:
-            raise _Refused(403, "no such upload")
+            raise _RefusedError(403, "no such upload")
         if call.method == "PUT" and number:
             self._parts.setdefault(ticket, {})[int(number)] = call.body
             return _Answer(headers={"ETag": f'"{hashlib.md5(call.body).hexdigest()}"'})
@@ -567,18 +569,18 @@ class Sandbox:
             parts = self._parts.pop(ticket, {})
             numbers = [part["partNumber"] for part in call.json["parts"]]
             if sorted(parts) != sorted(numbers):
-                raise _Refused(400, f"got parts {sorted(parts)}, asked to join {numbers}")
+                raise _RefusedError(400, f"got parts {sorted(parts)}, asked to join {numbers}")
             content = b"".join(parts[number] for number in sorted(parts))
         oid, size = self._tickets[ticket]
         if (hashlib.sha256(content).hexdigest(), len(content)) != (oid, size):
-            raise _Refused(400, "the content does not have the announced sha256 and size")
+            raise _RefusedError(400, "the content does not have the announced sha256 and size")
         self._large_files[oid] = content
         return _json({})
 
     def _verify(self, call: _Call) -> _Answer:
         content = self._large_files.get(call.json["oid"])
         if content is None or len(content) != call.json["size"]:
-            raise _Refused(404, "no such large file")
+            raise _RefusedError(404, "no such large file")
         return _json({})
 
     def _commit(self, call: _Call) -> _Answer:
@@ -595,12 +597,14 @@ class Sandbox:
                 message = value["summary"]
                 parent = value.get("parentCommit")
                 if parent and not head.oid.startswith(parent):
-                    raise _Refused(412, "A commit has happened since. Please refresh and try again")
+                    raise _RefusedError(
+                        412, "A commit has happened since. Please refresh and try again"
+                    )
             elif key == "file":
                 changes[value["path"]] = _Blob(base64.b64decode(value["content"]), False)
             elif key == "lfsFile":
                 if value["oid"] not in self._large_files:
-                    raise _Refused(400, f"the large file {value['path']} was not uploaded")
+                    raise _RefusedError(400, f"the large file {value['path']} was not uploaded")
                 changes[value["path"]] = _Blob(self._large_files[value["oid"]], True)
             elif key == "deletedFile":
                 changes[value["path"]] = None
@@ -608,7 +612,7 @@ class Sandbox:
                 prefix = value["path"].rstrip("/") + "/"
                 changes |= dict.fromkeys(path for path in head.blobs if path.startswith(prefix))
             else:
-                raise _Refused(400, f"The sandbox does not know the operation {key}")
+                raise _RefusedError(400, f"The sandbox does not know the operation {key}")
         oid = repository.add(changes, message, branch)
         url = f"{self.url}/{repository.id}/commit/{oid}"
         return _json({"success": True, "commitUrl": url, "commitOid": oid, "hookOutput": ""})
@@ -621,12 +625,16 @@ class Sandbox:
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         if repository.gated:
             if call.user is None:
-                raise _Refused(401, f"Access to model {repository.id} is restricted", "GatedRepo")
+                raise _RefusedError(
+                    401, f"Access to model {repository.id} is restricted", "GatedRepo"
+                )
             if call.user.name not in repository.granted:
-                raise _Refused(403, f"{call.user.name} is not in the authorized list", "GatedRepo")
+                raise _RefusedError(
+                    403, f"{call.user.name} is not in the authorized list", "GatedRepo"
+                )
         blob = commit.blobs.get(path)
         if blob is None:
-            refused = _Refused(404, f"{path} does not exist on {commit.oid}", "EntryNotFound")
+            refused = _RefusedError(404, f"{path} does not exist on {commit.oid}", "EntryNotFound")
             answer = refused.answer()
             return answer._replace(headers={**answer.headers, **headers})
         headers["ETag"] = f'"{blob.upload_oid}"'
@@ -747,12 +755,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if kind == "503":
-            answer = _Refused(503, "Service unavailable").answer()
+            answer = _RefusedError(503, "Service unavailable").answer()
         elif kind == "429":
-            answer = _Refused(429, "Too many requests").answer()
+            answer = _RefusedError(429, "Too many requests").answer()
             answer = answer._replace(headers={**answer.headers, "Retry-After": "0"})
         elif kind == "missing":
-            answer = _Refused(404, "Entry not found", "EntryNotFound").answer()
+            answer = _RefusedError(404, "Entry not found", "EntryNotFound").answer()
         else:
             headers = {name.lower(): value for name, value in self.headers.items()}
             answer = sandbox._answer(method, path, headers, body)
