@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -113,22 +113,37 @@ def _from_hub(repo_id: str, revision: str, card: Card | None, local_files_only: 
 
     offline = local_files_only or constants.HF_HUB_OFFLINE
     with _explained(repo_id, revision):
+        commit = revision
+        if not _COMMIT.fullmatch(revision):
+            commit = _resolved(repo_id, revision, offline)
+            log.info("%s: revision %s is commit %s", repo_id, revision, commit)
         # A commit never changes, so a whole copy of one needs no request to be sure of it. Not
         # every version of the client knows that.
-        if offline or _COMMIT.fullmatch(revision):
-            found = _cached(repo_id, revision, card, offline)
-            if found is not None:
-                return found
-        log.info("%s: from the Hub, revision %s", repo_id, revision)
-        folder = _download(repo_id, revision, CHECKPOINT_FILES)
+        found = _cached(repo_id, commit, card, offline)
+        if found is not None:
+            log.info("%s: in the cache, commit %s", repo_id, commit)
+            return found
+        log.info("%s: from the Hub, commit %s", repo_id, commit)
+        folder = _download(repo_id, commit, CHECKPOINT_FILES)
         card = card or _card_in(repo_id, folder)
         if _damaged(folder, card.files):
             _repair(repo_id, folder, card.files)
-        log.info("%s: checked, commit %s", repo_id, folder.name)
         return Located(folder, card)
 
 
-def _cached(repo_id: str, revision: str, card: Card | None, offline: bool) -> Located | None:
+def _resolved(repo_id: str, revision: str, offline: bool) -> str:
+    """The commit of a branch or tag; what the cache last knew where the Hub is out of reach."""
+    import huggingface_hub
+
+    def ask() -> str:
+        return huggingface_hub.hf_hub_download(
+            repo_id, CARD_FILE, revision=revision, local_files_only=offline, library_name="zoo"
+        )
+
+    return Path(ask() if offline else _persistently(repo_id, ask)).parent.name
+
+
+def _cached(repo_id: str, commit: str, card: Card | None, offline: bool) -> Located | None:
     """What the cache holds; None where the Hub has to be asked.
 
     Raises:
@@ -137,7 +152,7 @@ def _cached(repo_id: str, revision: str, card: Card | None, offline: bool) -> Lo
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = _download(repo_id, revision, CHECKPOINT_FILES, local_files_only=True)
+        folder = _download(repo_id, commit, CHECKPOINT_FILES, local_files_only=True)
         if not (folder / CARD_FILE).exists():
             raise LocalEntryNotFoundError(f"no {CARD_FILE}")
         card = card or _card_in(repo_id, folder)
@@ -147,12 +162,10 @@ def _cached(repo_id: str, revision: str, card: Card | None, offline: bool) -> Lo
         if offline:
             raise
         return None
-    for error in _damaged(folder, card.files).values():
-        if offline:
-            raise error
-        return None
-    log.info("%s: in the cache, commit %s", repo_id, folder.name)
-    return Located(folder, card)
+    damaged = _damaged(folder, card.files)
+    if damaged and offline:
+        raise damaged.popitem()[1]
+    return None if damaged else Located(folder, card)
 
 
 def _card_in(repo_id: str, folder: Path) -> Card:
@@ -165,46 +178,54 @@ def _card_in(repo_id: str, folder: Path) -> Card:
 
 def _download(
     repo_id: str,
-    revision: str,
+    commit: str,
     names: Iterable[str],
     *,
     local_files_only: bool = False,
     force: bool = False,
 ) -> Path:
-    """Bring files of one commit into the cache; the folder is named after the commit.
-
-    What may be a passing trouble of the Hub is tried again, which versions of the client do to
-    different extents.
-    """
+    """Bring files of a commit into the cache; the folder is named after the commit."""
     import huggingface_hub
 
-    for attempt in range(_ATTEMPTS):
+    def ask() -> str:
+        return huggingface_hub.snapshot_download(
+            repo_id,
+            revision=commit,
+            allow_patterns=list(names),
+            local_files_only=local_files_only,
+            force_download=force,
+            library_name="zoo",
+        )
+
+    return Path(ask() if local_files_only else _persistently(repo_id, ask))
+
+
+def _persistently(repo_id: str, ask: Callable[[], str]) -> str:
+    """Ask again after what may be a passing trouble, as not every version of the client does."""
+    for _ in range(_ATTEMPTS - 1):
         try:
-            folder = huggingface_hub.snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=list(names),
-                local_files_only=local_files_only,
-                force_download=force,
-                library_name="zoo",
-            )
-            return Path(folder)
+            return ask()
         except Exception as error:
             wait = _wait_for(error)
-            if wait is None or local_files_only or attempt == _ATTEMPTS - 1:
+            if wait is None:
                 raise
             log.info("%s: trying again: %s", repo_id, _first_line(error))
             time.sleep(wait)
-    raise AssertionError("not reached")
+    return ask()
 
 
 def _wait_for(error: Exception) -> float | None:
     """Seconds after which trying again may help; None where it does not."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     found = answer(error)
     if found is None:
-        # The connection ended in mid-answer: an error of the client's HTTP library, of which
-        # there are three. One that was never made is reported as an entry not found locally.
-        return 0.0 if type(error).__name__ in _BROKEN_CONNECTIONS else None
+        if isinstance(error, LocalEntryNotFoundError):
+            return None  # The Hub was not reached at all.
+        # The connection ended in mid-answer, which each of the client's three HTTP libraries calls
+        # something else; or too few bytes came, which the client reports as an OSError of its own.
+        short = isinstance(error, OSError) and error.errno is None
+        return 0.0 if short or type(error).__name__ in _BROKEN_CONNECTIONS else None
     status, retry_after = found
     if status != 429 and status < 500:
         return None
@@ -290,6 +311,8 @@ def _explanation(error: Exception, repo_id: str, revision: str) -> str:
             f"{repo_id!r} is neither a folder here nor a repository on the Hub; where it is "
             f"private, log in: hf auth login"
         )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return f"{repo_id} at revision {revision!r} is no checkpoint of the zoo: it has no card."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}."
     found = answer(error)

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,13 +23,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from zoo import cards, checkpoints, files, hub
-from zoo.cards import Card, HubLocation
+from zoo.cards import Card, HubLocation, Measurements, parse
 from zoo.errors import CheckpointError, ConfigError, UnknownNameError, ZooError
 from zoo.progress import track
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
+
+    from zoo.tasks.base import ZooModule
 
 __all__ = ["EVAL_RESULTS_FILE", "LICENCE_FILE", "Publication", "push", "push_all"]
 
@@ -72,9 +75,12 @@ class Publication:
 
 
 def push(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | ZooModule,
     repo_id: str | None = None,
     *,
+    card: Card | str | None = None,
+    recipe: str | None = None,
+    results: Measurements | None = None,
     private: bool = False,
     dry_run: bool = False,
     tag: str | None = None,
@@ -87,9 +93,12 @@ def push(
 
     Args:
         source: A bundled weight of the zoo, or a checkpoint folder with its card in `README.md`, of
-            which what can be computed is computed anew.
+            which what can be computed is computed anew; or a module in memory.
         repo_id: `owner/name`; None for a weight of the zoo: what its card says. It is made where it
             is missing.
+        card: Of a module, or its Markdown.
+        recipe: Of a module: the text of the recipe that trained it.
+        results: Of a module: what was measured of it.
         private: To make the repository private; one that is public already is an error.
         dry_run: To check everything and send nothing, not even a question.
         tag: Name of the tag; None: `v1`, `v2` and so on, a new one for each new content. A tag
@@ -113,10 +122,21 @@ def push(
         raise ConfigError(f"tag {tag!r} must be of letters, digits, '.', '_' and '-', as in 'v1'.")
     if parent is not None and not _COMMIT.fullmatch(parent):
         raise ConfigError(f"parent must be a commit of 40 hex digits, got {parent!r}.")
-    card, contents, own = _prepared(source, repo_id)
+    described = {"card": card, "recipe": recipe, "results": results}
+    if isinstance(source, (str, os.PathLike)):
+        if given := [name for name, value in described.items() if value is not None]:
+            raise ConfigError(f"{', '.join(given)} are for a module; {source} has its own.")
+        published, contents, own = _prepared(source, repo_id)
+    else:
+        if missing := [name for name, value in described.items() if value is None]:
+            raise ConfigError(f"A module needs {', '.join(missing)} to be published with.")
+        parsed = parse(card, where="card") if isinstance(card, str) else card
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints.save(source, folder, card=parsed, recipe=recipe, results=results)
+            published, contents, own = _prepared(Path(folder), repo_id)
     publication = Publication(
-        name=card.name,
-        repo_id=card.hub.repo_id,
+        name=published.name,
+        repo_id=published.hub.repo_id,
         sent=tuple(contents),
         size=sum(map(len, contents.values())),
     )
@@ -128,12 +148,12 @@ def push(
         private=private,
         tag=tag,
         parent=parent or (None if own is None else own.revision),
-        message=message or f"Publish {card.name}",
-        note=f"{card.name}: {_in_words(card)}",
+        message=message or f"Publish {published.name}",
+        note=f"{published.name}: {_in_words(published)}",
         token=token,
     )
     if record and own is not None and publication.commit is not None:
-        cards.record_revision(card.name, publication.commit)
+        cards.record_revision(published.name, publication.commit)
     return publication
 
 
@@ -210,7 +230,7 @@ def _found(source: str | os.PathLike[str]) -> tuple[Card, Path, Path]:
                 f"the pattern of model_cards."
             ) from None
         text = files.read_bytes(folder / files.CARD_FILE).decode("utf-8", errors="replace")
-        return cards.parse(text, where=str(folder / files.CARD_FILE)), folder, folder
+        return parse(text, where=str(folder / files.CARD_FILE)), folder, folder
     folder = cards.pretrained_folder(card.name)
     if not folder.is_dir():
         raise CheckpointError(f"{card.name} is not bundled here; give its checkpoint folder.")
