@@ -18,7 +18,7 @@ FLOORS = [
     {"zoo.data"},
     {"zoo.tasks"},
     {"zoo.checkpoints", "zoo.hub"},
-    {"zoo.publishing"},
+    {"zoo.exporting", "zoo.publishing"},
     {"zoo.training"},
     {"zoo.evaluation"},
     {"zoo.controls", "zoo.figures"},

@@ -191,6 +191,8 @@ class Card:
     hub: HubLocation
     paper: Paper
     reported: tuple[Reported, ...] = ()
+    not_exported: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Formats that `zoo export` cannot write of this weight -> the reason."""
 
     family: str = ""
     task: str = ""

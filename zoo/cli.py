@@ -184,6 +184,12 @@ def _parser() -> _Parser:
     sub.add_argument("name", help="a weight, owner/name or owner/name@revision")
     sub.add_argument("--revision", help="commit, tag or branch")
 
+    sub = command("export", _export, "write a file that runs without this package, compared")
+    sub.add_argument("name", help="a weight, a checkpoint folder, or owner/name")
+    sub.add_argument("--format", default="torch-export", help="onnx or torch-export")
+    sub.add_argument("--out", help="file to write (NAME.onnx or NAME.pt2)")
+    sub.add_argument("--revision", help="commit, tag or branch on the Hub")
+
     sub = command("hub-sandbox", _hub_sandbox, "a Hub on this machine, to try publishing on")
     sub.add_argument("--port", type=int, default=0, help="0 takes a free one (0)")
     sub.add_argument(
@@ -548,6 +554,23 @@ def _pull(options: argparse.Namespace) -> int:
         _print_json({"folder": str(folder), "name": None if card is None else card.name})
     else:
         print(folder)
+    return OK
+
+
+def _export(options: argparse.Namespace) -> int:
+    from zoo import exporting
+
+    with _chatter():
+        done = exporting.export(
+            options.name, options.out, format=options.format, revision=options.revision
+        )
+    if options.json:
+        shown = {"path": str(done.path), "inputs": done.inputs, "outputs": done.outputs}
+        _print_json({**shown, "format": done.format, "difference": done.difference})
+    else:
+        inputs = ", ".join(f"{name} B x {shape}" for name, shape in done.inputs.items())
+        print(f"{done.path}: {inputs} -> {', '.join(done.outputs)}")
+        print(f"largest difference from the model on random input: {done.difference:.1e}")
     return OK
 
 

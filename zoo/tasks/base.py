@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from zoo.cards import Card, Measurements
 
-__all__ = ["Measurement", "ZooModule", "compile_network"]
+__all__ = ["Exportable", "Measurement", "ZooModule", "compile_network"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,21 @@ class Measurement:
     def value(self) -> float:
         """The metric over all samples."""
         return float(self.sums.sum() / self.counts.sum())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exportable:
+    """A network as a function from tensors to tensors, and an example of what it takes.
+
+    Attributes:
+        network: takes the inputs by position, and returns a tuple of tensors.
+        inputs: random tensors by name; the first dimension of each is the batch.
+        outputs: names of what it returns.
+    """
+
+    network: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
 
 
 class ZooModule(pl.LightningModule):
@@ -93,6 +108,19 @@ class ZooModule(pl.LightningModule):
     def measure(self, datamodule: pl.LightningDataModule, protocol: str) -> Measurement:
         """Measure the network by one of `protocols`; each sample is counted exactly once."""
         raise NotImplementedError(f"{type(self).__name__} has no evaluation protocol {protocol!r}")
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """The network as `zoo export` writes it, with random inputs.
+
+        Args:
+            batch: size of the first dimension of each input.
+            generator: what the inputs are drawn from.
+
+        Raises:
+            ConfigError: this kind of model, or its configuration, cannot be exported; the text has
+                the reason.
+        """
+        raise ConfigError(f"{type(self).__name__} does not say how it is exported.")
 
     # The Hub's two verbs. Its own mixin would fit here, but loads without a word what does not
     # match, and takes its files for a pickle where there are no safetensors.
