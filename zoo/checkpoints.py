@@ -6,12 +6,13 @@ and results. The weights are read once: the bytes that were hashed are the bytes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,15 @@ _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+
+
+_SMALL_NETWORK = 10_000_000
+"""Parameters and buffers that any network may have, however small its file."""
+
+_REGISTRATIONS: tuple[Callable[[Any], Any], ...] = (
+    torch.nn.modules.module.register_module_parameter_registration_hook,
+    torch.nn.modules.module.register_module_buffer_registration_hook,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,13 +272,16 @@ def load(
     module_class = architecture(config.architecture).module_class()
     stored = build(module_class.network_config, config.network, f"{where}: network")
     network = _overridden(stored, network_overrides, num_classes, config.architecture)
-    module = _construct(module_class, network)
+    tensors = _parse_weights(contents[WEIGHTS_FILE], folder / WEIGHTS_FILE)
+    with _no_larger_than(tensors.values(), where):
+        module = _construct(module_class, stored, where)
+    if network != stored:
+        module = _construct(module_class, network, where)
     if module.preprocessing != config.preprocessing:
         raise CheckpointError(
             f"{where}: preprocessing is {config.preprocessing}, but {config.architecture} does "
             f"{module.preprocessing}."
         )
-    tensors = _parse_weights(contents[WEIGHTS_FILE], folder / WEIGHTS_FILE)
     for migration in migrations:
         tensors = migration.tensors(tensors)
     new_head = num_classes is not None and num_classes != stored.num_classes
@@ -318,9 +331,8 @@ def convert(
     except (yaml.YAMLError, TypeError, KeyError) as error:
         raise CheckpointError(f"{recipe} names no architecture.") from error
     module_class = architecture(name).module_class()
-    module = _construct(
-        module_class, build(module_class.network_config, content["zoo_network"], str(path))
-    )
+    network = build(module_class.network_config, content["zoo_network"], str(path))
+    module = _construct(module_class, network, path)
     prefix = "network."
     tensors = {
         name.removeprefix(prefix): tensor
@@ -404,9 +416,43 @@ def _parse_weights(content: bytes, path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _construct(module_class: type[ZooModule], network: Any) -> ZooModule:
-    with torch.random.fork_rng(devices=[]):
-        return module_class(network=network)  # type: ignore[call-arg]
+def _construct(module_class: type[ZooModule], network: Any, where: Path) -> ZooModule:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return module_class(network=network)  # type: ignore[call-arg]
+    except (ArithmeticError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        # Values that each are of the declared type and range can be impossible together.
+        raise CheckpointError(
+            f"{where}: no network can be built of these arguments: {_first_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_larger_than(tensors: Iterable[Tensor], where: Path) -> Iterator[None]:
+    """Stop the construction of a network that is far larger than the file of its weights.
+
+    A configuration is untrusted, and a number in it could take all memory. Tensors are registered
+    before they are filled, so what is refused was not touched yet.
+    """
+    allowed = 4 * sum(tensor.numel() for tensor in tensors) + _SMALL_NETWORK
+    total = 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal total
+        total += 0 if tensor is None else tensor.numel()
+        if total > allowed:
+            raise CheckpointError(f"{where} asks for a far larger network than the weights are.")
+
+    hooks = [register(count) for register in _REGISTRATIONS]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _overridden(

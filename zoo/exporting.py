@@ -1,4 +1,4 @@
-"""Export a weight for users without this package, and compare what the file computes with the model.
+"""Export a weight for users without this package, and compare the file with the model.
 
 The file takes and returns tensors, with any batch size; what a model carries along (the memory of a
 language model) goes in and out as tensors too.
@@ -142,23 +142,26 @@ def run(
     return [torch.from_numpy(array) for array in arrays]
 
 
+class _Positional(nn.Module):
+    """Takes all inputs as one packed argument, which has one shape to declare for any network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.network(*inputs)
+        return outputs
+
+
 def _program(example: Exportable) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} for _ in example.inputs)
     with torch.no_grad():
-        # The network takes its inputs one by one, which `export` sees as one packed argument.
         return torch.export.export(
-            example.network,
+            _Positional(example.network),
             tuple(example.inputs.values()),
-            dynamic_shapes=(shapes,) if _is_variadic(example.network) else shapes,
+            dynamic_shapes=(tuple({0: batch} for _ in example.inputs),),
         )
-
-
-def _is_variadic(network: nn.Module) -> bool:
-    import inspect
-
-    kinds = [p.kind for p in inspect.signature(network.forward).parameters.values()]
-    return inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 def _write_onnx(program: torch.export.ExportedProgram, example: Exportable, path: Path) -> None:
