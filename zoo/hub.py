@@ -115,32 +115,22 @@ def _from_hub(repo_id: str, revision: str, card: Card | None, local_files_only: 
     with _explained(repo_id, revision):
         commit = revision
         if not _COMMIT.fullmatch(revision):
-            commit = _resolved(repo_id, revision, offline)
+            # The card is what every checkpoint has; asking for it settles the commit of all files.
+            commit = _fetch(repo_id, revision, CARD_FILE, offline=offline).parent.name
             log.info("%s: revision %s is commit %s", repo_id, revision, commit)
-        # A commit never changes, so a whole copy of one needs no request to be sure of it. Not
-        # every version of the client knows that.
+        # A commit never changes, so a whole copy of one needs no request to be sure of it.
         found = _cached(repo_id, commit, card, offline)
         if found is not None:
             log.info("%s: in the cache, commit %s", repo_id, commit)
             return found
         log.info("%s: from the Hub, commit %s", repo_id, commit)
-        folder = _download(repo_id, commit, CHECKPOINT_FILES)
+        folder = _fetch(repo_id, commit, CARD_FILE).parent
         card = card or _card_in(repo_id, folder)
+        for record in card.files:
+            _fetch(repo_id, commit, record.name)
         if _damaged(folder, card.files):
             _repair(repo_id, folder, card.files)
         return Located(folder, card)
-
-
-def _resolved(repo_id: str, revision: str, offline: bool) -> str:
-    """The commit of a branch or tag; what the cache last knew where the Hub is out of reach."""
-    import huggingface_hub
-
-    def ask() -> str:
-        return huggingface_hub.hf_hub_download(
-            repo_id, CARD_FILE, revision=revision, local_files_only=offline, library_name="zoo"
-        )
-
-    return Path(ask() if offline else _persistently(repo_id, ask)).parent.name
 
 
 def _cached(repo_id: str, commit: str, card: Card | None, offline: bool) -> Located | None:
@@ -152,12 +142,10 @@ def _cached(repo_id: str, commit: str, card: Card | None, offline: bool) -> Loca
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = _download(repo_id, commit, CHECKPOINT_FILES, local_files_only=True)
-        if not (folder / CARD_FILE).exists():
-            raise LocalEntryNotFoundError(f"no {CARD_FILE}")
+        folder = _fetch(repo_id, commit, CARD_FILE, offline=True).parent
         card = card or _card_in(repo_id, folder)
-        if not all((folder / record.name).exists() for record in card.files):
-            raise LocalEntryNotFoundError("not all files")
+        for record in card.files:
+            _fetch(repo_id, commit, record.name, offline=True)
     except LocalEntryNotFoundError:
         if offline:
             raise
@@ -173,31 +161,34 @@ def _card_in(repo_id: str, folder: Path) -> Card:
     card = parse(read_bytes(path).decode("utf-8", errors="replace"), where=str(path))
     if not card.files:
         raise CheckpointError(f"The card of {repo_id} has no sha256 of its files.")
+    unknown = [record.name for record in card.files if record.name not in CHECKPOINT_FILES]
+    if unknown:
+        raise CheckpointError(
+            f"The card of {repo_id} names {unknown[0]!r}, which is no file of ours."
+        )
     return card
 
 
-def _download(
-    repo_id: str,
-    commit: str,
-    names: Iterable[str],
-    *,
-    local_files_only: bool = False,
-    force: bool = False,
+def _fetch(
+    repo_id: str, revision: str, name: str, *, offline: bool = False, force: bool = False
 ) -> Path:
-    """Bring files of a commit into the cache; the folder is named after the commit."""
+    """Bring one file into the cache; its folder is named after the commit.
+
+    File by file, since listing a repository has no time limit in the client.
+    """
     import huggingface_hub
 
     def ask() -> str:
-        return huggingface_hub.snapshot_download(
+        return huggingface_hub.hf_hub_download(
             repo_id,
-            revision=commit,
-            allow_patterns=list(names),
-            local_files_only=local_files_only,
+            name,
+            revision=revision,
+            local_files_only=offline,
             force_download=force,
             library_name="zoo",
         )
 
-    return Path(ask() if local_files_only else _persistently(repo_id, ask))
+    return Path(ask() if offline else _persistently(repo_id, ask))
 
 
 def _persistently(repo_id: str, ask: Callable[[], str]) -> str:
@@ -274,7 +265,8 @@ def _repair(repo_id: str, folder: Path, records: tuple[FileRecord, ...]) -> None
             return
         _remove(folder, damaged)
         log.info("%s: fetching %s once more", repo_id, ", ".join(damaged))
-        _download(repo_id, commit, damaged, force=True)
+        for name in damaged:
+            _fetch(repo_id, commit, name, force=True)
         damaged = _damaged(folder, records)
         _remove(folder, damaged)
         for error in damaged.values():
@@ -312,7 +304,10 @@ def _explanation(error: Exception, repo_id: str, revision: str) -> str:
             f"private, log in: hf auth login"
         )
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f"{repo_id} at revision {revision!r} is no checkpoint of the zoo: it has no card."
+        url = str(error.response.url)
+        if url.endswith(f"/{CARD_FILE}"):
+            return f"{repo_id} at revision {revision!r} is no checkpoint of the zoo: no card."
+        return f"{repo_id} at revision {revision!r} lacks the file {url.rpartition('/')[2]}."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}."
     found = answer(error)
