@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,3 +66,11 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def weight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete checkpoint folder of a tiny language model, to be copied, not changed."""
     return published.write_weight(tmp_path_factory.mktemp("weight") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> None:
+    """As for all tests, but most of these here do without torch."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
