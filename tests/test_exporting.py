@@ -13,7 +13,9 @@ import torch
 import zoo
 from tests.hub import published
 from tests.tiny import run as run_command
+from tests.tiny_images import CLASSES, SIZE, TinyClassifier
 from zoo import cards, checkpoints, exporting, hub
+from zoo.data.images import ImagePreprocessing
 from zoo.errors import ConfigError, UnknownNameError, ZooError
 from zoo.exporting import FORMATS, ExportFormat
 from zoo.tasks.base import ZooModule
@@ -42,6 +44,22 @@ def test_segments_in_a_row_are_the_whole_text(tmp_path: Path, format: ExportForm
         logits, memory = exporting.run(done.path, format, {"tokens": piece, "memory_0": memory})
         found.append(logits)
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", EITHER)
+def test_an_image_classifier_takes_pixels(tmp_path: Path, format: ExportFormat) -> None:
+    """Normalisation is in the file: it is given what `normalise` is given."""
+    preprocessing = ImagePreprocessing(
+        size=SIZE, channels=3, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7), classes=CLASSES
+    )
+    module = TinyClassifier(preprocessing=preprocessing).eval()
+    done = exporting.export_module(module, tmp_path / "x", format)
+    assert done.inputs == {"images": (3, *SIZE)}
+    images = torch.rand(5, 3, *SIZE)
+    (found,) = exporting.run(done.path, format, {"images": images})
+    with torch.no_grad():
+        expected = module.network(preprocessing.normalise(images))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", EITHER)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from zoo.cards import Card, Measurements, render
 from zoo.configs import build, to_json
-from zoo.errors import CheckpointError, ConfigError, UnknownNameError, nearest
+from zoo.errors import CheckpointError, ConfigError, UnknownNameError, ZooError, nearest
 from zoo.files import (
     CARD_FILE,
     CHECKPOINT_FILES,
@@ -90,7 +90,7 @@ class CheckpointConfig:
     network: dict[str, Any]
     """Arguments of the network, checked against the architecture's dataclass."""
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What turns a user's input into tensors; must be what the architecture does."""
+    """What turns a user's input into tensors, checked against the architecture's dataclass."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,8 +133,8 @@ def save(
     """Write a checkpoint folder: all of it, or nothing.
 
     Args:
-        module: An instance of a registered class; its `config` and the state of its `network` are
-            written, no state of an optimizer.
+        module: An instance of a registered class; its `config`, its `preprocessing` and the state
+            of its `published_network` are written, no state of an optimizer.
         folder: Where to; an earlier checkpoint there is replaced.
         card: For `README.md`.
         recipe: For `recipe.yaml`, as text.
@@ -143,19 +143,24 @@ def save(
 
     Raises:
         UnknownNameError: When the class is not registered.
-        CheckpointError: When the folder holds something else, or cannot be written.
+        CheckpointError: When the folder holds something else, or cannot be written; or when the
+            module does not know its preprocessing yet.
     """
     entry = architecture_of(type(module))
+    if module.preprocessing_config is not None and module.preprocessing is None:
+        raise CheckpointError(
+            f"This {entry.name} does not know its preprocessing: train it, or pass preprocessing."
+        )
     config = CheckpointConfig(
         architecture=entry.name,
         family=entry.family,
         task=entry.task,
         network=to_json(module.config),
-        preprocessing=module.preprocessing,
+        preprocessing={} if module.preprocessing is None else to_json(module.preprocessing),
     )
     contents = {
         CONFIG_FILE: format_json(to_json(config)),
-        WEIGHTS_FILE: _serialised(module.network, _dtype(dtype)),
+        WEIGHTS_FILE: _serialised(module.published_network, _dtype(dtype)),
     }
     if recipe is not None:
         contents[RECIPE_FILE] = recipe.encode()
@@ -272,19 +277,17 @@ def load(
     module_class = architecture(config.architecture).module_class()
     stored = build(module_class.network_config, config.network, f"{where}: network")
     network = _overridden(stored, network_overrides, num_classes, config.architecture)
+    preprocessing = _preprocessing(module_class, config.preprocessing, f"{where}: preprocessing")
     tensors = _parse_weights(contents[WEIGHTS_FILE], folder / WEIGHTS_FILE)
     with _no_larger_than(tensors.values(), where):
-        module = _construct(module_class, stored, where)
+        module = _construct(module_class, stored, preprocessing, where)
+    new_head = num_classes is not None and num_classes != stored.num_classes
+    if new_head:
+        preprocessing = module_class.swap_head(preprocessing, network.num_classes)
     if network != stored:
-        module = _construct(module_class, network, where)
-    if module.preprocessing != config.preprocessing:
-        raise CheckpointError(
-            f"{where}: preprocessing is {config.preprocessing}, but {config.architecture} does "
-            f"{module.preprocessing}."
-        )
+        module = _construct(module_class, network, preprocessing, where)
     for migration in migrations:
         tensors = migration.tensors(tensors)
-    new_head = num_classes is not None and num_classes != stored.num_classes
     module.load_report = _fill(
         module.network,
         tensors,
@@ -331,9 +334,13 @@ def convert(
     except (yaml.YAMLError, TypeError, KeyError) as error:
         raise CheckpointError(f"{recipe} names no architecture.") from error
     module_class = architecture(name).module_class()
-    network = build(module_class.network_config, content["zoo_network"], str(path))
-    module = _construct(module_class, network, path)
-    prefix = "network."
+    module = _construct(
+        module_class,
+        build(module_class.network_config, content["zoo_network"], str(path)),
+        _preprocessing(module_class, content.get("zoo_preprocessing"), str(path)),
+        path,
+    )
+    prefix = content.get("zoo_published", "network") + "."
     tensors = {
         name.removeprefix(prefix): tensor
         for name, tensor in content["state_dict"].items()
@@ -416,10 +423,25 @@ def _parse_weights(content: bytes, path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _construct(module_class: type[ZooModule], network: Any, where: Path) -> ZooModule:
+def _preprocessing(module_class: type[ZooModule], values: Any, where: str) -> Any:
+    """The stored preprocessing as the class's dataclass; None where there is none."""
+    if module_class.preprocessing_config is not None:
+        # Training checkpoints of the first version have none; the class then has a default.
+        return None if values is None else build(module_class.preprocessing_config, values, where)
+    if values:
+        raise CheckpointError(f"{where}: {module_class.__name__} has none, but it says {values}.")
+    return None
+
+
+def _construct(
+    module_class: type[ZooModule], network: Any, preprocessing: Any, where: Path
+) -> ZooModule:
+    arguments = {} if preprocessing is None else {"preprocessing": preprocessing}
     try:
         with torch.random.fork_rng(devices=[]):
-            return module_class(network=network)  # type: ignore[call-arg]
+            return module_class(network=network, **arguments)
+    except ZooError:
+        raise
     except (ArithmeticError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         # Values that each are of the declared type and range can be impossible together.
         raise CheckpointError(

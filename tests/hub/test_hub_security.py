@@ -122,7 +122,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "newer format": (lambda config: config.update(format_version=99), "format version 99"),
     "other preprocessing": (
         lambda config: config.update(preprocessing={"tokenizer": "exec"}),
-        "preprocessing is",
+        "preprocessing: .*tokenizer.*expected 'bytes'",
     ),
 }
 
