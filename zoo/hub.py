@@ -124,13 +124,28 @@ def _from_hub(repo_id: str, revision: str, card: Card | None, local_files_only: 
             log.info("%s: in the cache, commit %s", repo_id, commit)
             return found
         log.info("%s: from the Hub, commit %s", repo_id, commit)
-        folder = _fetch(repo_id, commit, CARD_FILE).parent
-        card = card or _card_in(repo_id, folder)
-        for record in card.files:
-            _fetch(repo_id, commit, record.name)
-        if _damaged(folder, card.files):
-            _repair(repo_id, folder, card.files)
-        return Located(folder, card)
+        copy = _fetch(repo_id, commit, CARD_FILE)
+        content = read_bytes(copy)
+        try:
+            return _complete(repo_id, copy.parent, card)
+        except ZooError:
+            if card is not None:
+                raise
+            # No record says what the card must be: its copy may be what is damaged.
+            _remove(copy.parent, [CARD_FILE])
+            if read_bytes(_fetch(repo_id, commit, CARD_FILE, force=True)) == content:
+                raise
+            return _complete(repo_id, copy.parent, None)
+
+
+def _complete(repo_id: str, folder: Path, card: Card | None) -> Located:
+    """Bring the files that a card names into the cache, beside it."""
+    card = card or _card_in(repo_id, folder)
+    for record in card.files:
+        _fetch(repo_id, folder.name, record.name)
+    if _damaged(folder, card.files):
+        _repair(repo_id, folder, card.files)
+    return Located(folder, card)
 
 
 def _cached(repo_id: str, commit: str, card: Card | None, offline: bool) -> Located | None:
@@ -146,7 +161,7 @@ def _cached(repo_id: str, commit: str, card: Card | None, offline: bool) -> Loca
         card = card or _card_in(repo_id, folder)
         for record in card.files:
             _fetch(repo_id, commit, record.name, offline=True)
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, ZooError):
         if offline:
             raise
         return None

@@ -279,6 +279,26 @@ def test_a_damaged_cache_is_repaired(
     }
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b"---", b"-=-"), (b"sha256: ", b"sha256; "), (b"size: 7", b"size: 8")],
+)
+def test_a_damaged_copy_of_a_card_is_repaired(
+    sandbox: Sandbox, alpha: Repository, before: bytes, after: bytes
+) -> None:
+    """Of a repository of others, whose card no record of ours describes."""
+    name = f"{REPO}@{commits(alpha)[1]}"
+    expected = hub.resolve(name)
+    blob = (expected.folder / CARD_FILE).resolve()
+    sound = blob.read_bytes()
+    blob.write_bytes(sound.replace(before, after, 1))
+    assert blob.read_bytes() != sound
+    sandbox.requests.clear()
+    assert hub.resolve(name) == expected
+    assert (expected.folder / CARD_FILE).read_bytes() == sound
+    assert fetched(sandbox, CARD_FILE) == 1
+
+
 def test_swapped_files_in_the_cache_are_repaired(sandbox: Sandbox, alpha: Repository) -> None:
     folder, _ = hub.resolve("alpha")
     one, two = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE))
