@@ -272,8 +272,11 @@ def _repair(repo_id: str, folder: Path, records: tuple[FileRecord, ...]) -> None
     """
     from filelock import FileLock
 
-    commit = folder.name
-    with FileLock(folder.parent / f"{commit}.lock"):
+    commit, repository = folder.name, folder.parents[1]
+    # Where the client has its own locks; anywhere else it takes the cache for damaged.
+    lock = repository.parent / ".locks" / repository.name / f"{commit}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
         # Another process may have repaired it while this one waited.
         damaged = _damaged(folder, records)
         if not damaged:

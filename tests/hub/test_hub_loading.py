@@ -277,6 +277,10 @@ def test_a_damaged_cache_is_repaired(
         **dict.fromkeys(CONTENTS, 0),
         name: 1,
     }
+    # The client still takes the cache for its own.
+    found = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
+    assert [repo.repo_id for repo in found.repos] == [REPO]
+    assert found.warnings == []
 
 
 @pytest.mark.parametrize(
