@@ -35,6 +35,8 @@ WITHOUT_TORCH = {
     "zoo.errors",
     "zoo.files",
     "zoo.hub",
+    "zoo.progress",
+    "zoo.publishing",
     "zoo.registry",
     "zoo.sandbox",
 }

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from zoo import cards, checkpoints, files, hub
+from zoo import cards, files, hub
 from zoo.cards import Card, HubLocation, Measurements, parse
 from zoo.errors import CheckpointError, ConfigError, UnknownNameError, ZooError
 from zoo.progress import track
@@ -130,6 +130,8 @@ def push(
     else:
         if missing := [name for name, value in described.items() if value is None]:
             raise ConfigError(f"A module needs {', '.join(missing)} to be published with.")
+        from zoo import checkpoints
+
         parsed = parse(card, where="card") if isinstance(card, str) else card
         with tempfile.TemporaryDirectory() as folder:
             checkpoints.save(source, folder, card=parsed, recipe=recipe, results=results)
@@ -203,6 +205,8 @@ def _prepared(
     # The card cannot hold the commit that it is part of.
     card = dataclasses.replace(cards.computed(typed, folder), hub=HubLocation(repo_id=wanted))
     _check_complete(card)
+    from zoo import checkpoints  # and with it torch, which what is refused above does without
+
     checkpoints.load(folder, files=card.files)
     contents = {record.name: record.read(folder) for record in card.files}
     contents[files.CARD_FILE] = cards.render(card).encode()
