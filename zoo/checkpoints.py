@@ -69,7 +69,7 @@ _DTYPES = {
 }
 
 
-_SMALL_NETWORK = 10_000_000
+_SMALL_NETWORK = 1_000_000
 """Parameters and buffers that any network may have, however small its file."""
 
 _REGISTRATIONS: tuple[Callable[[Any], Any], ...] = (
