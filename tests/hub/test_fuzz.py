@@ -29,7 +29,7 @@ from zoo.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from zoo.tasks.base import ZooModule
 
 SLOW_CASES = 10_000
-FAST_CASES = 150
+FAST_CASES = 100
 
 COUNTED: dict[str, int] = {}
 """How many cases each run has had."""
