@@ -628,7 +628,7 @@ class RatingsDataModule(pl.LightningDataModule):
             rank,
             world,
         )
-        return DataLoader(_AsGiven(), sampler=sampler, batch_size=None)
+        return DataLoader(_AsGiven(), sampler=sampler, batch_size=None, generator=torch.Generator())
 
     def pairs(self, part: Literal["validation", "test"]) -> RatingBatch:
         """Positives and negatives of a part; with the temporal split one negative per positive,
@@ -649,4 +649,4 @@ class RatingsDataModule(pl.LightningDataModule):
             pairs.rows(slice(start, start + _EVALUATION_BATCH))
             for start in range(0, len(pairs.users), _EVALUATION_BATCH)
         ]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]

@@ -332,13 +332,15 @@ class MixtureOfExperts(nn.Module):
             raise ValueError(
                 "only a static gate can be pruned; a per-example gate may use any expert"
             )
+        was_training = self.gate.training
         with torch.no_grad():
             weights = self.gate.eval()(hard=hard).weights[0]
+        self.gate.train(was_training)
         kept = (weights != 0).any(0).nonzero().flatten().tolist()
         experts = copy.deepcopy(self.experts)
         experts.keep(kept)
         gate = FixedGate(len(kept), num_tasks=self.gate.num_tasks)
-        gate.table.copy_(weights[:, kept])
+        gate.table = weights[:, kept]
         return MixtureOfExperts(experts, gate).train(self.training)
 
 

@@ -20,7 +20,7 @@ from zoo.families.dselect_k.experts import (
     MLPExperts,
     Towers,
 )
-from zoo.families.dselect_k.gates import Gate, GateConfig, Routing, build_gate
+from zoo.families.dselect_k.gates import Gate, GateConfig, GateReport, Routing, build_gate
 
 __all__ = [
     "ImagePairConfig",
@@ -64,6 +64,18 @@ def _check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
 
+def _check_ids(what: str, ids: Tensor, count: int) -> None:
+    # On an accelerator the look would cost a synchronisation, and the kernel asserts by itself.
+    if (
+        ids.device.type == "cpu"
+        and ids.numel()
+        and not 0 <= int(ids.min()) <= int(ids.max()) < count
+    ):
+        raise ValueError(
+            f"{what} numbers go from 0 to {count - 1}, got {int(ids.min())} to {int(ids.max())}"
+        )
+
+
 class MultiTaskNet(nn.Module):
     """Base of the networks: experts that all tasks share, one gate and one tower per task."""
 
@@ -80,6 +92,15 @@ class MultiTaskNet(nn.Module):
     def gate(self) -> Gate:
         """The gates of all tasks."""
         return self.moe.gate
+
+    def gate_input(self, *inputs: Tensor) -> Tensor:
+        """What a per-example gate sees, B x p, of what `forward` takes."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def report(self, *inputs: Tensor) -> tuple[GateReport, ...]:
+        """What the gate of each task does on a batch, of what `forward` takes."""
+        return self.gate.report(None if self.gate.is_static else self.gate_input(*inputs))
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Outputs from features, B x T x H to B x T x C."""
@@ -213,6 +234,7 @@ class RecommenderNet(MultiTaskNet):
 
     def user_vectors(self, users: Tensor) -> Tensor:
         """Vectors of users (integers B), B x D."""
+        _check_ids("user", users, self.config.num_users)
         vectors: Tensor = self.users(users)
         if self.user_side is not None:
             vectors = vectors + self.user_side(self.user_table[users])
@@ -220,6 +242,7 @@ class RecommenderNet(MultiTaskNet):
 
     def item_vectors(self, items: Tensor) -> Tensor:
         """Vectors of items (integers B), B x D."""
+        _check_ids("item", items, self.config.num_items)
         vectors: Tensor = self.items(items)
         if self.item_side is not None:
             vectors = vectors + self.item_side(self.item_table[items])
@@ -239,9 +262,13 @@ class RecommenderNet(MultiTaskNet):
             self.user_vectors(users), self.item_vectors(items), hard=hard, dispatch=dispatch
         )
 
+    def gate_input(self, users: Tensor, items: Tensor) -> Tensor:  # type: ignore[override]
+        """The two vectors, one behind the other."""
+        return torch.cat((self.user_vectors(users), self.item_vectors(items)), -1)
+
     def forward_features(self, users: Tensor, items: Tensor) -> Tensor:
         """Mixed features of each task, B x T x H."""
-        pair = torch.cat((self.user_vectors(users), self.item_vectors(items)), -1)
+        pair = self.gate_input(users, items)
         features: Tensor = self.moe(pair, pair).features
         return features
 
@@ -415,6 +442,10 @@ class ImagePairNet(MultiTaskNet):
             config.dropout,
         )
 
+    def gate_input(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """The pixels."""
+        return images.flatten(1)
+
     def forward_features(self, images: Tensor) -> Tensor:
         """Mixed features of each task, B x T x H."""
         features: Tensor = self.moe(images, images.flatten(1)).features
@@ -477,6 +508,10 @@ class RegressionNet(MultiTaskNet):
             1,
             0.0,
         )
+
+    def gate_input(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """The input itself."""
+        return x
 
     def forward(
         self, x: Tensor, *, hard: bool = False, dispatch: Dispatch = "auto"
