@@ -193,8 +193,8 @@ class ImagePairClassifier(MixtureModule):
 
         Args:
             canvases: array or tensor, one H x W or several B x H x W (a dimension of one channel
-                may be there): uint8, or floating point from 0 to 2, as `zoo.data.image_pairs.compose`
-                makes of two pictures.
+                may be there): uint8, or floating point from 0 to 2, as what
+                `zoo.data.image_pairs.compose` makes of two pictures.
 
         Raises:
             DataError: it has a wrong shape, type or range.
