@@ -233,8 +233,8 @@ class Recommender(MixtureModule):
                 width = getattr(self.config, f"{what}_features")
                 if width and table.shape[1] != width:
                     raise ConfigError(
-                        f"The data have {table.shape[1]} features of a {what}, but the network is "
-                        f"for {width}: set model.network.{what}_features={table.shape[1]}"
+                        f"The data have {table.shape[1]} features of each {what}, but the network "
+                        f"is for {width}: set model.network.{what}_features={table.shape[1]}"
                     )
                 if width:
                     getattr(self.network, f"{what}_table").copy_(table)
