@@ -142,6 +142,14 @@ def _parser() -> _Parser:
     sub.add_argument("--top-p", type=float, help="among the likeliest that reach p together")
     sub.add_argument("--seed", type=_seed, help="makes the text repeatable")
 
+    sub = command("recommend", _recommend, "list what a user, or someone new, may like")
+    sub.add_argument("name")
+    who = sub.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="id of a user that the model was trained on")
+    who.add_argument("--liked", action="append", help="a title or id; may be repeated")
+    sub.add_argument("--k", type=int, default=10, help="length of the list (10)")
+    sub.add_argument("--include-seen", action="store_true", help="list what the user has rated too")
+
     sub = command("evaluate", _evaluate, "measure a model and compare with its recorded numbers")
     sub.add_argument("name", help="a weight or a checkpoint folder")
     sub.add_argument("--data-dir", help="folder to look for the data in first")
@@ -346,6 +354,34 @@ def _generate(options: argparse.Namespace) -> int:
     for piece in stream:
         print(_printable(piece), end="", flush=True)
     print()
+    return OK
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    import zoo
+    from zoo.tasks.recommendation import Recommender
+
+    module = zoo.load(options.name)
+    if not isinstance(module, Recommender):
+        raise ZooError(f"{options.name} is no recommender; see: zoo list --task recommendation")
+    found = module.recommend(
+        options.user, options.k, liked=options.liked, exclude_seen=not options.include_seen
+    )
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(entry) for entry in found])
+        return OK
+    rows = [
+        [
+            entry.item,
+            _printable(entry.title),
+            f"{entry.score:.4f}",
+            "-" if entry.rating is None else f"{entry.rating:.2f}",
+        ]
+        for entry in found
+    ]
+    _table(["item", "title", "score", "expected rating"], rows)
     return OK
 
 
