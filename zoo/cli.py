@@ -173,6 +173,12 @@ def _parser() -> _Parser:
     sub.add_argument("--out", help="folder of the runs (runs/controls/NAME)")
     sub.add_argument("--record", metavar="FOLDER", help="write them into this checkpoint folder")
 
+    sub = command("recovery", _recovery, "train gates on synthetic tasks whose experts are known")
+    sub.add_argument("--tasks", type=int, nargs="+", default=[8, 32, 128])
+    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    sub.add_argument("--out", default="runs/recovery", help="folder of the runs")
+    sub.add_argument("--figure", metavar="FILE", help="draw error and recovery into this file")
+
     sub = command("convert", _convert, "make a checkpoint folder of a training checkpoint")
     sub.add_argument("checkpoint", help="last.ckpt of a run folder")
     sub.add_argument("folder", help="checkpoint folder to write")
@@ -500,6 +506,28 @@ def _controls(options: argparse.Namespace) -> int:
         for arm in arms
     ]
     _table(["control", "parameters", "protocol", "value", "seed spread", "speed"], rows)
+    return OK
+
+
+def _recovery(options: argparse.Namespace) -> int:
+    from zoo import recovery
+
+    with _chatter():
+        arms = recovery.run(options.tasks, seeds=options.seeds, out=options.out)
+    recovery.write(arms, Path(options.out) / "recovery.json")
+    if options.figure:
+        recovery.draw(arms, options.figure)
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(arm) for arm in arms])
+        return OK
+    rows = []
+    for arm in arms:
+        summaries = [arm.summary(measure) for measure in recovery.MEASURES]
+        cells = [f"{s.mean:.4f} ({s.interval[0]:.4f} to {s.interval[1]:.4f})" for s in summaries]
+        rows.append([arm.gate, f"{arm.tasks}", *cells])
+    _table(["gate", "tasks", "error", "Jaccard", "active experts", "minutes"], rows)
     return OK
 
 

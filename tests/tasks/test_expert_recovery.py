@@ -99,6 +99,8 @@ def test_recovery_is_the_jaccard_index_of_supports() -> None:
     found = support_recovery(estimate, truth, matched=False)
     assert found.jaccard.tolist() == pytest.approx([1 / 2, 2 / 3, 1 / 3])
     assert found.active.tolist() == [1, 3, 2]
+    shared = torch.ones(3, 1)  # one expert for all, which matches the second or the third
+    assert support_recovery(shared, truth).jaccard.tolist() in ([0.5, 0.5, 0], [0, 0.5, 0.5])
     tiny = torch.tensor([[0.5, 0.5, 9e-6, 0]])
     assert support_recovery(tiny, truth[:1], matched=False).active.tolist() == [2]
 

@@ -42,7 +42,7 @@ def match_experts(estimate: NDArray[np.float64], truth: NDArray[np.float64]) -> 
 
     Args:
         estimate: T x n weights.
-        truth: T x n weights.
+        truth: T x n weights, of as many experts.
 
     Returns:
         Position of the true column for each column of the estimate.
@@ -60,18 +60,19 @@ def match_experts(estimate: NDArray[np.float64], truth: NDArray[np.float64]) -> 
 
 
 def support_recovery(estimate: Tensor, truth: Tensor, matched: bool = True) -> Recovery:
-    """Compare supports, T x n weights each, at a tolerance of 1e-5.
+    """Compare supports at a tolerance of 1e-5.
 
     Args:
-        estimate: weights of a gate.
-        truth: true weights.
+        estimate: weights of a gate, T x any number of experts.
+        truth: true weights, T x any number; where the numbers differ, experts without weight are
+            added to the fewer.
         matched: match experts first; otherwise expert i is true expert i.
     """
-    aligned = estimate.double()
+    count = max(estimate.shape[1], truth.shape[1])
+    aligned, truth = (F.pad(w.double(), (0, count - w.shape[1])) for w in (estimate, truth))
     if matched:
-        columns = match_experts(aligned.numpy(), truth.double().numpy())
-        aligned = torch.empty_like(aligned)
-        aligned[:, torch.from_numpy(columns)] = estimate.double()
+        columns = torch.from_numpy(match_experts(aligned.numpy(), truth.numpy()))
+        aligned = torch.empty_like(aligned).index_copy_(1, columns, aligned)
     found, true = aligned > ACTIVE_TOLERANCE, truth > ACTIVE_TOLERANCE
     jaccard = (found & true).sum(1).double() / (found | true).sum(1).double()
     return Recovery(jaccard=jaccard, active=found.sum(1).double())
@@ -128,7 +129,6 @@ class ExpertRecovery(MixtureModule):
         for have, field in (
             (data.tasks, "num_tasks"),
             (data.features, "in_features"),
-            (data.experts, "num_experts"),
         ):
             if have != getattr(self.config, field):
                 raise ConfigError(
@@ -137,11 +137,12 @@ class ExpertRecovery(MixtureModule):
                 )
 
     def _take_experts(self, data: ExpertRecoveryDataModule) -> None:
-        if data.width != self.config.expert_width:
-            raise ConfigError(
-                f"The true experts have width {data.width}, but those of the network "
-                f"{self.config.expert_width}: set model.network.expert_width={data.width}"
-            )
+        for have, field in ((data.width, "expert_width"), (data.experts, "num_experts")):
+            if have != getattr(self.config, field):
+                raise ConfigError(
+                    f"The true experts have {field} {have}, but the network "
+                    f"{getattr(self.config, field)}: set model.network.{field}={have}"
+                )
         layer = self.network.moe.experts.layers[0]  # type: ignore[index]
         with torch.no_grad():
             layer.weight.copy_(data.truth.expert_weights)  # type: ignore[union-attr, operator]
