@@ -112,7 +112,6 @@ def recipe(folder: Path, **model: Any) -> Path:
         "trainer": {
             "accelerator": "cpu",
             "max_epochs": 2,
-            "enable_progress_bar": False,
             "enable_model_summary": False,
         },
         "model": {

@@ -39,7 +39,6 @@ def write_recipe(folder: Path) -> Path:
         "trainer": {
             "accelerator": "cpu",
             "max_epochs": 25,
-            "enable_progress_bar": False,
             "enable_model_summary": False,
         },
         "model": {"network": NETWORK, "optimizer": {"lr": 0.01, "warmup_steps": 3}},

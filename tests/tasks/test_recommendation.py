@@ -66,7 +66,6 @@ def write_recipe(folder: Path, **data: Any) -> Path:
         "trainer": {
             "accelerator": "cpu",
             "max_epochs": 40,
-            "enable_progress_bar": False,
             "enable_model_summary": False,
             "log_every_n_steps": 20,
         },
