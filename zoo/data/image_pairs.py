@@ -145,6 +145,8 @@ class ImagePairDataModule(pl.LightningDataModule):
 
     Args:
         dataset: name of a set of pairs.
+        path: a folder of your own pictures, see `ImageDataModule`; None takes `dataset`.
+        size: height and width that pictures of a folder are resized to.
         holdout: training pictures kept for validation.
         redraw: draw the partners of training canvases anew in each epoch; otherwise the 100,000
             canvases stay the same, as in the benchmark.
@@ -161,6 +163,8 @@ class ImagePairDataModule(pl.LightningDataModule):
     def __init__(
         self,
         dataset: str = "multi-mnist",
+        path: str | None = None,
+        size: int = 28,
         holdout: int = 10_000,
         redraw: bool = False,
         batch_size: int = 256,
@@ -173,20 +177,28 @@ class ImagePairDataModule(pl.LightningDataModule):
                 f"No set of pairs {dataset!r}.{nearest(dataset, PAIR_SETS)}"
                 f" There are: {', '.join(PAIR_SETS)}."
             )
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
         if holdout < 1:
             raise ValueError(f"holdout must be at least 1, got {holdout}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        self.dataset, self.holdout, self.redraw = dataset, holdout, redraw
+        self.dataset, self.path, self.size = dataset, path, size
+        self.holdout, self.redraw = holdout, redraw
         self.batch_size, self.data_dir, self.seed = batch_size, data_dir, seed
 
     @functools.cached_property
     def pictures(self) -> ImageDataModule:
         """The single pictures."""
         return ImageDataModule(
-            PAIR_SETS[self.dataset], holdout=self.holdout, data_dir=self.data_dir
+            PAIR_SETS[self.dataset],
+            path=self.path,
+            size=(self.size, self.size),
+            channels=1,
+            holdout=self.holdout,
+            data_dir=self.data_dir,
         )
 
     @property

@@ -95,6 +95,7 @@ class ExpertRecovery(MixtureModule):
     """
 
     network_config: ClassVar[type[Any]] = RegressionConfig
+    head_parameters: ClassVar[tuple[str, ...]] = ("towers.head.weight", "towers.head.bias")
     protocols: ClassVar[dict[str, str]] = {
         "error": "mean squared error on test examples free of noise, over all tasks",
         "recovery": "Jaccard index of found and true experts, mean over tasks, after matching",

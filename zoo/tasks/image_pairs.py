@@ -56,6 +56,7 @@ class ImagePairClassifier(MixtureModule):
 
     network_config: ClassVar[type[Any]] = ImagePairConfig
     preprocessing_config: ClassVar[type[Any] | None] = ImagePreprocessing
+    head_parameters: ClassVar[tuple[str, ...]] = ("towers.head.weight", "towers.head.bias")
     protocols: ClassVar[dict[str, str]] = {
         "test": "share of right answers over both tasks, each test canvas counted once for each",
         "top-left": "share of test canvases whose top left picture is classified rightly",
@@ -84,6 +85,12 @@ class ImagePairClassifier(MixtureModule):
         self.preprocessing = preprocessing
         self.val_loss = MeanMetric()
         self.val_accuracy = torch.nn.ModuleList(MeanMetric() for _ in _TASKS)
+
+    @classmethod
+    def swap_head(cls, preprocessing: ImagePreprocessing, num_classes: int) -> ImagePreprocessing:
+        """The same canvases with classes that have numbers for names, until training names them."""
+        names = tuple(f"class {index}" for index in range(num_classes))
+        return dataclasses.replace(preprocessing, classes=names)
 
     # ---------------------------------------------------------------- training
 

@@ -159,6 +159,7 @@ class Recommender(MixtureModule):
 
     network_config: ClassVar[type[Any]] = RecommenderConfig
     preprocessing_config: ClassVar[type[Any] | None] = Catalogue
+    head_parameters: ClassVar[tuple[str, ...]] = ("towers.head.weight", "towers.head.bias")
     protocols: ClassVar[dict[str, str]] = {
         "ndcg": "temporal split: NDCG@10 of each user's last item among all unrated items",
         "recall": "temporal split: share of users whose last item is among the first 10",
@@ -676,6 +677,7 @@ class FactorisationRecommender(Recommender):
     """
 
     network_config: ClassVar[type[Any]] = MatrixFactorisationConfig
+    head_parameters: ClassVar[tuple[str, ...]] = ("bias",)
 
     def __init__(
         self,

@@ -209,7 +209,7 @@ def test_a_per_example_gate_cannot_be_pruned() -> None:
 def test_towers_are_plain_networks_of_each_task() -> None:
     towers = Towers(3, 6, (5,), 2).double()
     features = torch.randn(4, 3, 6, dtype=torch.float64)
-    first, last = towers.layers[0], towers.layers[3]
+    first, last = towers.hidden[0], towers.head
     with torch.no_grad():
         first.bias.normal_()  # type: ignore[union-attr, operator]
     for t in range(3):

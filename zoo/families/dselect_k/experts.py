@@ -368,12 +368,12 @@ class Towers(nn.Module):
         for width in widths:
             layers += [BatchedLinear(num_tasks, in_features, width), nn.ReLU(), nn.Dropout(dropout)]
             in_features = width
-        last = BatchedLinear(num_tasks, in_features, out_features)
+        self.hidden = nn.Sequential(*layers)
+        self.head = BatchedLinear(num_tasks, in_features, out_features)
         with torch.no_grad():
-            last.weight.mul_(0.5**0.5)  # no ReLU follows
-        self.layers = nn.Sequential(*layers, last)
+            self.head.weight.mul_(0.5**0.5)  # no ReLU follows
 
     def forward(self, features: Tensor) -> Tensor:
         """B x T x H to B x T x outputs."""
-        outputs: Tensor = self.layers(features)
+        outputs: Tensor = self.head(self.hidden(features))
         return outputs

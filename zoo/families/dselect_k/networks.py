@@ -192,6 +192,12 @@ class RecommenderConfig:
         self.gate.check(self.num_experts)
 
 
+def _centred(outputs: Tensor, config: RecommenderConfig | MatrixFactorisationConfig) -> Tensor:
+    """Outputs B x T with ratings relative to the centre of the scale."""
+    centres = [config.rating_centre if task == "rate" else 0.0 for task in config.tasks]
+    return outputs + outputs.new_tensor(centres)
+
+
 class RecommenderNet(MultiTaskNet):
     """Embeddings of a user and an item, experts on both, and a gate and a tower for each task.
 
@@ -278,9 +284,11 @@ class RecommenderNet(MultiTaskNet):
         """As `forward`, from vectors B x D: of users that are not in the table, for instance."""
         pair = torch.cat((users, items), -1)
         features, routing = self.moe(pair, pair, hard=hard, dispatch=dispatch)
-        outputs = self.forward_head(features).squeeze(-1)
-        centres = [self.config.rating_centre if t == "rate" else 0.0 for t in self.config.tasks]
-        return MultiTaskOutput(outputs + outputs.new_tensor(centres), routing)
+        return MultiTaskOutput(self.forward_head(features), routing)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Outputs from features, B x T x H to B x T."""
+        return _centred(self.towers(features).squeeze(-1), self.config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -347,13 +355,21 @@ class MatrixFactorisation(nn.Module):
 
     def of_vectors(self, users: Tensor, items: Tensor) -> MultiTaskOutput:
         """As `forward`, from vectors."""
+        outputs = self.forward_head(self._product(users, items))
+        return MultiTaskOutput(outputs, Routing(outputs.new_ones(1, outputs.shape[1], 1)))
+
+    def forward_features(self, users: Tensor, items: Tensor) -> Tensor:
+        """Offsets and products of users and items, B x T."""
+        return self._product(self.user_vectors(users), self.item_vectors(items))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Outputs from features, B x T to B x T."""
+        return _centred(features + self.bias, self.config)
+
+    def _product(self, users: Tensor, items: Tensor) -> Tensor:
         tasks = len(self.config.tasks)
         u, v = users.unflatten(-1, (tasks, -1)), items.unflatten(-1, (tasks, -1))
-        outputs = (u[..., 1:] * v[..., 1:]).sum(-1) + u[..., 0] + v[..., 0] + self.bias
-        centres = [self.config.rating_centre if t == "rate" else 0.0 for t in self.config.tasks]
-        return MultiTaskOutput(
-            outputs + outputs.new_tensor(centres), Routing(outputs.new_ones(1, tasks, 1))
-        )
+        return (u[..., 1:] * v[..., 1:]).sum(-1) + u[..., 0] + v[..., 0]
 
     def group_matcher(self) -> dict[str, str]:
         """Parameter name patterns from input to output."""
@@ -518,4 +534,14 @@ class RegressionNet(MultiTaskNet):
     ) -> MultiTaskOutput:
         """Prediction of each task, B x T, of inputs B x in_features."""
         features, routing = self.moe(x, x, hard=hard, dispatch=dispatch)
-        return MultiTaskOutput(self.forward_head(features).squeeze(-1), routing)
+        return MultiTaskOutput(self.forward_head(features), routing)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Mixed features of each task, B x T x H."""
+        features: Tensor = self.moe(x, x).features
+        return features
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Predictions from features, B x T x H to B x T."""
+        outputs: Tensor = self.towers(features).squeeze(-1)
+        return outputs
