@@ -26,8 +26,10 @@ class MixtureModule(ZooModule):
         """What the gates add to the loss at this point of the training."""
         if not isinstance(self.network, MultiTaskNet):
             return output.outputs.new_zeros(())
-        total = self.trainer.estimated_stepping_batches
-        return self.network.gate.regulariser(output.routing, min(self.global_step / total, 1.0))
+        progress = 1.0
+        if self._trainer is not None:  # a step may be timed on its own
+            progress = min(self.global_step / self.trainer.estimated_stepping_batches, 1.0)
+        return self.network.gate.regulariser(output.routing, progress)
 
     def watch_gates(self, *inputs: Any) -> None:
         """Log what the gates do on a validation batch."""
