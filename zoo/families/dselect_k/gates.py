@@ -252,7 +252,8 @@ class DSelectK(Gate):
     def _selectors(self, bits: Tensor) -> Tensor:
         """Weights of the experts from bits, ... x m to ... x n."""
         r = bits.new_ones(*bits.shape[:-1], 1)
-        for s in bits.split(1, dim=-1):  # bit j doubles the codes: those without it, those with it
+        for bit in range(self.num_bits):  # each doubles the codes: those without it, those with it
+            s = bits[..., bit : bit + 1]
             r = torch.cat((r * (1 - s), r * s), dim=-1)
         missing = r.shape[-1] - self.num_experts
         if not missing:
