@@ -22,6 +22,12 @@ PUBLISHED = [name for name in RECIPES if "/" not in name]
 WEIGHTS = list(cards.load_cards())
 STUDIES = {"dselect-k-recommender.movielens-100k-pairs", "dselect-k-recovery.synthetic"}
 """Comparisons that no weight is published of."""
+TO_TRAIN = {
+    "dselect-k-moe.multi-fashion-mnist",
+    "dselect-k-moe.multi-mnist",
+    "dselect-k-recommender.movielens-100k",
+}
+"""Weights that have a recipe and are still to be trained; they have no card before."""
 
 
 def shrunk(name: str) -> Recipe:
@@ -40,9 +46,10 @@ def built(recipe: Recipe) -> Any:
 
 def test_every_recipe_is_covered() -> None:
     """One for each weight, and for each weight the model and at least one control."""
-    assert [Path(name).stem for name in PUBLISHED] == sorted(WEIGHTS)
+    assert not TO_TRAIN & {*WEIGHTS}, "it is trained: take it out of the list"
+    assert {Path(name).stem for name in PUBLISHED} == {*WEIGHTS, *TO_TRAIN}
     others = [name for name in RECIPES if name not in PUBLISHED]
-    assert {name.split("/")[1] for name in others} == {*WEIGHTS, *STUDIES}
+    assert {name.split("/")[1] for name in others} == {*WEIGHTS, *TO_TRAIN, *STUDIES}
     assert all(name.split("/")[0] == "controls" and name.count("/") == 2 for name in others)
     assert len(RECIPES) == len(PUBLISHED) + len(others) >= 3 * len(WEIGHTS) > 0
     used = {read_recipe(FOLDER / name).architecture for name in RECIPES}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 import yaml
@@ -291,6 +292,18 @@ def test_someone_new_is_known_by_what_they_like(model: Any) -> None:
     for name, tensor in model.network.state_dict().items():
         assert torch.equal(tensor, state[name]), "the model is as it was"
     assert all(parameter.grad is None for parameter in model.network.parameters())
+
+
+def test_the_command_lists_items(run: training.Run) -> None:
+    said = tiny.run("recommend", run.checkpoint, "--liked", "Comedy 1", "--k", 3, "--json")
+    assert said.status == 0
+    assert [set(entry) for entry in said.json] == [{"item", "title", "score", "rating"}] * 3
+    table = tiny.run("recommend", run.checkpoint, "--user", "u1", "--include-seen").out
+    assert len(table.splitlines()) == 1 + 10
+    assert "Thriller" in table
+    said = tiny.run("recommend", run.checkpoint, "--user", "nobody")
+    assert (said.status, len(said.err.splitlines())) == (2, 1)
+    assert "No user 'nobody'" in said.err
 
 
 def test_similar_items_are_by_the_cosine_of_their_vectors(model: Any) -> None:

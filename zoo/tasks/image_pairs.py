@@ -77,7 +77,7 @@ class ImagePairClassifier(MixtureModule):
         super().__init__(network, optimizer, compile)
         if network.num_tasks != len(_TASKS):
             raise ConfigError(
-                f"num_tasks must be {len(_TASKS)}, the pictures on a canvas; got {network.num_tasks}"
+                f"num_tasks must be {len(_TASKS)}, as pictures of a canvas; got {network.num_tasks}"
             )
         if preprocessing is not None:
             self._check_fit(preprocessing)
