@@ -145,6 +145,14 @@ def _parser() -> _Parser:
     sub.add_argument("--top-p", type=float, help="among the likeliest that reach p together")
     sub.add_argument("--seed", type=_seed, help="makes the text repeatable")
 
+    sub = command("recommend", _recommend, "list what a user, or someone new, may like")
+    sub.add_argument("name")
+    who = sub.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="id of a user that the model was trained on")
+    who.add_argument("--liked", action="append", help="a title or id; may be repeated")
+    sub.add_argument("--k", type=int, default=10, help="length of the list (10)")
+    sub.add_argument("--include-seen", action="store_true", help="list what the user has rated too")
+
     sub = command("evaluate", _evaluate, "measure a model and compare with its recorded numbers")
     sub.add_argument("name", help="a weight or a checkpoint folder")
     sub.add_argument("--data-dir", help="folder to look for the data in first")
@@ -167,6 +175,12 @@ def _parser() -> _Parser:
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     sub.add_argument("--out", help="folder of the runs (runs/controls/NAME)")
     sub.add_argument("--record", metavar="FOLDER", help="write them into this checkpoint folder")
+
+    sub = command("recovery", _recovery, "train gates on synthetic tasks whose experts are known")
+    sub.add_argument("--tasks", type=int, nargs="+", default=[8, 32, 128])
+    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    sub.add_argument("--out", default="runs/recovery", help="folder of the runs")
+    sub.add_argument("--figure", metavar="FILE", help="draw error and recovery into this file")
 
     sub = command("convert", _convert, "make a checkpoint folder of a training checkpoint")
     sub.add_argument("checkpoint", help="last.ckpt of a run folder")
@@ -426,6 +440,34 @@ def _generate(options: argparse.Namespace) -> int:
     return OK
 
 
+def _recommend(options: argparse.Namespace) -> int:
+    import zoo
+    from zoo.tasks.recommendation import Recommender
+
+    module = zoo.load(options.name)
+    if not isinstance(module, Recommender):
+        raise ZooError(f"{options.name} is no recommender; see: zoo list --task recommendation")
+    found = module.recommend(
+        options.user, options.k, liked=options.liked, exclude_seen=not options.include_seen
+    )
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(entry) for entry in found])
+        return OK
+    rows = [
+        [
+            entry.item,
+            _printable(entry.title),
+            f"{entry.score:.4f}",
+            "-" if entry.rating is None else f"{entry.rating:.2f}",
+        ]
+        for entry in found
+    ]
+    _table(["item", "title", "score", "expected rating"], rows)
+    return OK
+
+
 def _show(evaluation: Evaluation, as_json: bool) -> int:
     rows, document = [], []
     for o in evaluation.outcomes:
@@ -541,6 +583,28 @@ def _controls(options: argparse.Namespace) -> int:
         for arm in arms
     ]
     _table(["control", "parameters", "protocol", "value", "seed spread", "speed"], rows)
+    return OK
+
+
+def _recovery(options: argparse.Namespace) -> int:
+    from zoo import recovery
+
+    with _chatter():
+        arms = recovery.run(options.tasks, seeds=options.seeds, out=options.out)
+    recovery.write(arms, Path(options.out) / "recovery.json")
+    if options.figure:
+        recovery.draw(arms, options.figure)
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(arm) for arm in arms])
+        return OK
+    rows = []
+    for arm in arms:
+        summaries = [arm.summary(measure) for measure in recovery.MEASURES]
+        cells = [f"{s.mean:.4f} ({s.interval[0]:.4f} to {s.interval[1]:.4f})" for s in summaries]
+        rows.append([arm.gate, f"{arm.tasks}", *cells])
+    _table(["gate", "tasks", "error", "Jaccard", "active experts", "minutes"], rows)
     return OK
 
 

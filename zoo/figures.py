@@ -16,7 +16,7 @@ from zoo import checkpoints, hub, training
 from zoo.cards import Card
 from zoo.errors import DataError, ZooError
 
-__all__ = ["draw", "losses_by_position", "read_metrics"]
+__all__ = ["draw", "expert_usage", "losses_by_position", "read_metrics"]
 
 _WINDOW = 10
 
@@ -192,15 +192,49 @@ def _accuracy(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Pa
     return [path]
 
 
+def expert_usage(metrics: Metrics, task: str) -> tuple[list[int], list[list[float]]]:
+    """Steps, and at each step the mean weight of each expert for a task.
+
+    Raises:
+        ZooError: none was logged.
+    """
+    names = sorted(
+        (name for name in metrics if name.startswith(f"usage_{task}_")),
+        key=lambda name: int(name.rpartition("_")[2]),
+    )
+    if not names:
+        raise ZooError(f"The run logged no use of experts for {task}.")
+    steps = [step for step, _ in metrics[names[0]]]
+    series = [[value for _, value in metrics[name]] for name in names]
+    return steps, [list(row) for row in zip(*series, strict=True)]
+
+
+def _experts(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    paths = []
+    for task in module.task_names:
+        steps, rows = expert_usage(metrics, task)
+        path = out / f"experts-{task}.png"
+        with _figure(path) as axes:
+            labels = [f"{index}" for index in range(len(rows[0]))]
+            axes.stackplot(steps, *zip(*rows, strict=True), labels=labels)
+            axes.set(xlabel="step", ylabel=f"weight of experts, {task}", ylim=(0, 1))
+            axes.legend(frameon=False, title="expert", loc="upper left", bbox_to_anchor=(1, 1))
+        paths.append(path)
+    return paths
+
+
 Drawer = Callable[[Any, Path, Metrics, Path], list[Path]]
 
 _LOSS: dict[str, tuple[str, str]] = {
-    "language-modeling": ("nats per character", "validation (blocks)")
+    "language-modeling": ("nats per character", "validation (blocks)"),
+    "recommendation": ("weighed loss of both tasks", "validation, one drawn item for each rated"),
 }
 """Task -> unit of the loss, and what it is validated on."""
 
 _DRAWERS: dict[str, tuple[Drawer, ...]] = {
     "image-classification": (_accuracy,),
+    "image-pair-classification": (_experts,),
     "language-modeling": (_language_model,),
+    "recommendation": (_experts,),
 }
 """Task -> what draws its further figures, of module, checkpoint folder, metrics, output folder."""

@@ -55,6 +55,30 @@ _architectures = {
             task="language-modeling",
             module="zoo.tasks.language_modeling:LanguageModel",
         ),
+        Architecture(
+            name="dselect-k-recommender",
+            family="dselect-k",
+            task="recommendation",
+            module="zoo.tasks.recommendation:Recommender",
+        ),
+        Architecture(
+            name="factorisation-recommender",
+            family="dselect-k",
+            task="recommendation",
+            module="zoo.tasks.recommendation:FactorisationRecommender",
+        ),
+        Architecture(
+            name="dselect-k-moe",
+            family="dselect-k",
+            task="image-pair-classification",
+            module="zoo.tasks.image_pairs:ImagePairClassifier",
+        ),
+        Architecture(
+            name="dselect-k-recovery",
+            family="dselect-k",
+            task="expert-recovery",
+            module="zoo.tasks.expert_recovery:ExpertRecovery",
+        ),
     ]
 }
 

@@ -46,7 +46,10 @@ __all__ = [
 ]
 
 DATA_MODULES: dict[str, str] = {
+    "expert-recovery": "zoo.data.expert_recovery:ExpertRecoveryDataModule",
+    "image-pairs": "zoo.data.image_pairs:ImagePairDataModule",
     "images": "zoo.data.images:ImageDataModule",
+    "ratings": "zoo.data.ratings:RatingsDataModule",
     "text": "zoo.data.text:TextDataModule",
 }
 """Data modules that a recipe can name."""

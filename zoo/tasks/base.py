@@ -118,6 +118,11 @@ class ZooModule(pl.LightningModule):
         """What `preprocessing` becomes with a new head of `num_classes` classes."""
         return preprocessing
 
+    @classmethod
+    def protocols_on(cls, datamodule: Any) -> tuple[str, ...]:
+        """Names of the protocols that data, as they are split, can be measured by."""
+        return tuple(cls.protocols)
+
     def samples(self, batch: Any) -> int:
         """How many samples, in the unit of `measure`, a training batch has."""
         raise NotImplementedError(f"{type(self).__name__} does not say what a sample is")
