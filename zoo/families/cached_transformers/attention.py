@@ -389,13 +389,11 @@ class RecurrentAttention(nn.Module):
         seen = 0 if past is None else past.shape[1]
         q, k, v = attention.project_self(x, self._rotary(seen, x))
         keys, values = state.keys, state.values
-        if memory is None and self.memory_length:
-            memory = x.new_zeros(x.shape[0], self.memory_length, x.shape[2])
         if keys is None and memory is not None:
             keys, values = attention.project_context(memory, self._rotary(-memory.shape[1], memory))
         if keys is not None and values is not None:
             k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
-        y = causal_attend(attention, q, k, v)
+        y = causal_attend(attention, q, k, v, None if memory is None else written_rows(memory))
         # A layer without memory remembers only how far the segment is: width 0 costs nothing.
         fresh = x.detach() if self.memory_length else x.new_empty(*x.shape[:2], 0)
         source = fresh if past is None else torch.cat((past, fresh), 1)
@@ -416,12 +414,28 @@ class RecurrentAttention(nn.Module):
         return rotary_table(positions, attention.dim // attention.num_heads, self.rotary_base)
 
 
-def causal_attend(attention: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last tokens of a sequence to all of it; picks the cheapest exact mask."""
+def written_rows(memory: Tensor) -> Tensor:
+    """B x M: where a memory holds anything; a stream that was reset has rows of zeros."""
+    return (memory != 0).any(-1)
+
+
+def causal_attend(
+    attention: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None = None
+) -> Tensor:
+    """Attention of the last tokens of a sequence to all of it; picks the cheapest exact mask.
+
+    Args:
+        attention: the layer.
+        q, k, v: B x H x T x D/H and B x H x S x D/H (twice).
+        memory: which of the first M keys may be seen, B x M; None: all.
+    """
     queries, keys = q.shape[2], k.shape[2]
     if queries == keys:
         return attention.attend(q, k, v, causal=True)
     mask = None if queries == 1 else offset_causal_mask(queries, keys, q.device)
+    if memory is not None:
+        seen = F.pad(memory, (0, keys - memory.shape[1]), value=True)[:, None, None]
+        mask = seen if mask is None else mask & seen
     return attention.attend(q, k, v, mask)
 
 
