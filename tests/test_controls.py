@@ -23,10 +23,8 @@ from zoo.files import RESULTS_FILE, WEIGHTS_FILE
 
 NAME = "cached-transformer-lm.tiny-shakespeare"
 SEEDS = (1, 2)
-ARMS = (
-    "a-none",
-    "b-grc",
-)  # the model's own recipe is the last by name
+ARMS = ("a-none", "b-grc")
+"""Recipes by name; the one of the model itself is the last."""
 
 
 def write_controls(folder: Path) -> Path:
