@@ -78,6 +78,9 @@ hf-lfs-netloc = "127.0.0.1:9"
 mirror-scheme = "http"
 mirror-netloc = "127.0.0.1:{port}"
 mirror-lfs-netloc = "127.0.0.1:{port}"
+
+[accessibility]
+offline = true
 """
     )
     assert OLAH is not None
