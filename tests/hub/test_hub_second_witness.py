@@ -92,7 +92,9 @@ offline = true
     try:
         for _ in range(600):
             try:
-                urllib.request.urlopen(f"{url}/api/models/sandbox/tiny", timeout=5).close()
+                urllib.request.urlopen(
+                    f"{url}/api/models/sandbox/tiny/revision/v1", timeout=5
+                ).close()
                 break
             except urllib.error.URLError:
                 assert process.poll() is None, (tmp_path / "olah.log").read_text()
