@@ -395,7 +395,8 @@ def parse(text: str, where: str = "card") -> Card:
     front_matter, _, body = text.removeprefix("---\n").partition("\n---\n")
     try:
         values = yaml.load(front_matter, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        # Of what looks like a date or a number and is none, the parser raises what Python does.
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     block = values.get("zoo") if isinstance(values, dict) else None
     if not isinstance(block, dict):

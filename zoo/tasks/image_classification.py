@@ -69,6 +69,9 @@ def _average(
 class _FromPixels(nn.Module):
     """A network with the normalisation of its images before it."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, network: nn.Module, preprocessing: ImagePreprocessing) -> None:
         super().__init__()
         self.network = network
