@@ -39,10 +39,10 @@ def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> li
         ZooError: matplotlib is missing, or the run folder has no metrics.
     """
     out = Path("model_cards/figures") / card.name if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
+    metrics = read_metrics(Path(run))
     folder, _ = hub.resolve(card.name)
     module = checkpoints.load(folder, files=card.files)
-    metrics = read_metrics(Path(run))
+    out.mkdir(parents=True, exist_ok=True)
     paths = [_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ()))]
     for drawer in _DRAWERS.get(card.task, ()):
         paths += drawer(module, folder, metrics, out)
