@@ -146,8 +146,8 @@ class ExpertRecovery(MixtureModule):
                 )
         layer = self.network.moe.experts.layers[0]  # type: ignore[index]
         with torch.no_grad():
-            layer.weight.copy_(data.truth.expert_weights)  # type: ignore[union-attr, operator]
-            layer.bias.copy_(data.truth.expert_biases)  # type: ignore[union-attr, operator]
+            layer.weight.copy_(data.truth.expert_weights)  # type: ignore[union-attr]
+            layer.bias.copy_(data.truth.expert_biases)  # type: ignore[union-attr]
         self.network.moe.experts.requires_grad_(False)
 
     def training_step(self, batch: RegressionBatch, batch_idx: int) -> Tensor:

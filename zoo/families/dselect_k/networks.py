@@ -119,7 +119,7 @@ class MultiTaskNet(nn.Module):
         other = copy.deepcopy(self)
         other.moe = self.moe.pruned(hard=hard)
         fixed = dataclasses.replace(self.config.gate, kind="fixed", per_example=False)
-        other.config = dataclasses.replace(  # type: ignore[assignment]
+        other.config = dataclasses.replace(
             self.config, gate=fixed, num_experts=other.moe.experts.num_experts
         )
         return other
@@ -368,7 +368,7 @@ class MatrixFactorisation(nn.Module):
 
     def _product(self, users: Tensor, items: Tensor) -> Tensor:
         tasks = len(self.config.tasks)
-        u, v = users.unflatten(-1, (tasks, -1)), items.unflatten(-1, (tasks, -1))
+        u, v = (vectors.view(len(vectors), tasks, -1) for vectors in (users, items))
         return (u[..., 1:] * v[..., 1:]).sum(-1) + u[..., 0] + v[..., 0]
 
     def group_matcher(self) -> dict[str, str]:
