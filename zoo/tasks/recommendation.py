@@ -29,7 +29,7 @@ from zoo.families.dselect_k import (
     RecommenderNet,
 )
 from zoo.progress import track
-from zoo.tasks.base import Measurement, count_macs
+from zoo.tasks.base import Exportable, Measurement, count_macs
 from zoo.tasks.mixtures import MixtureModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -293,6 +293,14 @@ class Recommender(MixtureModule):
             if task in self.task_names:
                 means[task] = metric.compute()
         self.log("val_loss", self._weigh(means))
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Positions of users and items B in the catalogue in, outputs B x T out; see `forward` of
+        the network."""
+        counts = {"users": self.config.num_users, "items": self.config.num_items}
+        return self._exportable(
+            {name: torch.randint(n, (batch,), generator=generator) for name, n in counts.items()}
+        )
 
     # -------------------------------------------------------------- evaluation
 
