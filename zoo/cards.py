@@ -31,6 +31,7 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 _PIPELINE_TAGS = {
     "image-classification": "image-classification",
+    "image-pair-classification": "image-classification",
     "language-modeling": "text-generation",
 }
 """Our task -> the Hub's name for it. A task that is not here gets no tag."""

@@ -177,6 +177,7 @@ def _parser() -> _Parser:
     sub.add_argument("--record", metavar="FOLDER", help="write them into this checkpoint folder")
 
     sub = command("recovery", _recovery, "train gates on synthetic tasks whose experts are known")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
     sub.add_argument("--tasks", type=int, nargs="+", default=[8, 32, 128])
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     sub.add_argument("--out", default="runs/recovery", help="folder of the runs")
@@ -590,7 +591,9 @@ def _recovery(options: argparse.Namespace) -> int:
     from zoo import recovery
 
     with _chatter():
-        arms = recovery.run(options.tasks, seeds=options.seeds, out=options.out)
+        arms = recovery.run(
+            options.tasks, seeds=options.seeds, out=options.out, overrides=options.overrides
+        )
     recovery.write(arms, Path(options.out) / "recovery.json")
     if options.figure:
         recovery.draw(arms, options.figure)
