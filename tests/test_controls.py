@@ -166,7 +166,7 @@ def test_finished_runs_are_kept(trained: Trained, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_missing_run(trained: Trained) -> None:
-    with pytest.raises(ZooError, match="The run of b-grc with seed 7 is missing at "):
+    with pytest.raises(ZooError, match="There is no finished run of b-grc in "):
         controls.collect(NAME, seeds=(7,), out=trained.out)
 
 

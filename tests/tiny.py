@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tiny_images
 import yaml
 from PIL import Image
 
@@ -58,6 +59,23 @@ _RATINGS = [
 _PICTURE = 12
 """Pixels a side of the pictures of `write_pictures`."""
 
+
+def _made_images() -> str:
+    """A folder of pictures, made when the tests start and removed when they end."""
+    folder = tempfile.mkdtemp(prefix="zoo-images-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(tiny_images.write_folder(Path(folder)))
+
+
+_IMAGES = [
+    "trainer.check_val_every_n_epoch=1",
+    f"data.path={_made_images()}",
+    f"data.size={list(tiny_images.SIZE)}",
+    "data.batch_size=8",
+    f"model.network.num_classes={len(tiny_images.CLASSES)}",
+    "model.network.in_channels=3",
+]
+
 SHRUNK: dict[str, list[str]] = {
     "cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL],
     "dselect-k-recommender": [
@@ -77,6 +95,9 @@ SHRUNK: dict[str, list[str]] = {
         "data.batch_size=8",
     ],
     "dselect-k-recovery": [*_TRAINER, "data.batch_size=64"],
+    "sau-shufflenet-v2-x0-5": [*_TRAINER, *_IMAGES],
+    "sau-shufflenet-v2-x1": [*_TRAINER, *_IMAGES],
+    "sau-shufflenet-v2-x2": [*_TRAINER, *_IMAGES],
 }
 """Architecture -> overrides that make a second's training of any of its recipes."""
 

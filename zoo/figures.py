@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo import checkpoints, hub, training
 from zoo.cards import Card
 from zoo.errors import DataError, ZooError
 
-__all__ = ["draw", "expert_usage", "losses_by_position", "read_metrics"]
+if TYPE_CHECKING:
+    from zoo.analog import AnalogSweep
+
+__all__ = ["draw", "draw_analog", "expert_usage", "losses_by_position", "read_metrics"]
 
 _WINDOW = 10
 
@@ -46,6 +49,41 @@ def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> li
     paths = [_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ()))]
     for drawer in _DRAWERS.get(card.task, ()):
         paths += drawer(module, folder, metrics, out)
+    return paths
+
+
+def draw_analog(sweeps: Sequence[AnalogSweep], out: Path) -> list[Path]:
+    """Accuracy over precision at the least noise, and over noise at the highest precision.
+
+    Args:
+        sweeps: one line each; bars are the spread over draws of the noise.
+        out: folder to write to.
+
+    Returns:
+        Paths of the PNG files.
+
+    Raises:
+        ZooError: matplotlib is missing.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for over, fixed, best, label in (
+        ("bits", "noise", min, "bits: 2^bits levels per unit"),
+        ("noise", "bits", max, "noise: error probability"),
+    ):
+        at = best(getattr(result, fixed) for one in sweeps for result in one.results)
+        paths.append(out / f"analog_{over}.png")
+        with _figure(paths[-1]) as axes:
+            for one in sweeps:
+                line = sorted(
+                    (getattr(r, over), r.mean, r.spread or 0.0)
+                    for r in one.results
+                    if getattr(r, fixed) == at
+                )
+                places, means, spreads = zip(*line, strict=True)
+                axes.errorbar(places, means, yerr=spreads, marker="o", capsize=2, label=one.name)
+            axes.set(xlabel=label, ylabel="accuracy", title=f"{fixed} {at:g}")
+            axes.legend(frameon=False)
     return paths
 
 

@@ -79,6 +79,24 @@ _architectures = {
             task="expert-recovery",
             module="zoo.tasks.expert_recovery:ExpertRecovery",
         ),
+        Architecture(
+            name="sau-shufflenet-v2-x0-5",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX0_5",
+        ),
+        Architecture(
+            name="sau-shufflenet-v2-x1",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX1",
+        ),
+        Architecture(
+            name="sau-shufflenet-v2-x2",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX2",
+        ),
     ]
 }
 
