@@ -16,6 +16,7 @@ import importlib
 import inspect
 import os
 import time
+import typing
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import yaml
 
 from zoo.cards import shipped_folder
+from zoo.configs import build
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
 from zoo.registry import architecture
 
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 DATA_MODULES: dict[str, str] = {
+    "images": "zoo.data.images:ImageDataModule",
     "text": "zoo.data.text:TextDataModule",
 }
 """Data modules that a recipe can name."""
@@ -276,6 +279,10 @@ def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) 
     for key in options:
         if key not in known:
             raise ConfigError(f"{recipe.path}: unknown option data.{key}.{nearest(key, known)}")
+    hints = typing.get_type_hints(data_class.__init__)
+    for key, value in options.items():
+        if dataclasses.is_dataclass(hints.get(key)):
+            options[key] = build(hints[key], value, f"{recipe.path}: data.{key}")
     try:
         return data_class(**options)
     except (TypeError, ValueError) as error:
@@ -322,7 +329,12 @@ def fit(
         )
     with warnings.catch_warnings():
         _quieten()
-        cli = instantiate(recipe, callbacks=_callbacks(folder), num_sanity_val_steps=0)
+        cli = instantiate(
+            recipe,
+            callbacks=_callbacks(folder),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the data modules share batches out themselves
+        )
         resolved = _resolved(cli, recipe)
         if last.exists():
             _check_same(resolved, folder / "recipe.yaml")

@@ -6,7 +6,7 @@ import codecs
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,19 @@ from zoo.families.cached_transformers import (
     LanguageModelState,
 )
 from zoo.progress import track
-from zoo.tasks.base import Measurement, ZooModule
+from zoo.tasks.base import Measurement, ZooModule, count_macs
 from zoo.tasks.optimization import OptimizerConfig
 
-__all__ = ["LanguageModel", "TextScore", "TextStream", "sample_token"]
+__all__ = ["LanguageModel", "TextPreprocessing", "TextScore", "TextStream", "sample_token"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextPreprocessing:
+    """How a text becomes tokens: its UTF-8 bytes, after a line feed."""
+
+    tokenizer: Literal["bytes"]
+    start: Literal[10]
+    """The token that stands before the first of a text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,9 +154,11 @@ class LanguageModel(ZooModule):
         detach_every: segments after which the gradient through the memory is cut, within a
             training step; None: only between steps.
         compile: compile the network's blocks for training.
+        preprocessing: how a text becomes tokens, of which there is one way.
     """
 
     network_config: ClassVar[type[Any]] = CachedTransformerLMConfig
+    preprocessing_config: ClassVar[type[Any] | None] = TextPreprocessing
     head_parameters: ClassVar[tuple[str, ...]] = ("head.weight",)
     protocols: ClassVar[dict[str, str]] = {
         "stream": "the whole text in order, memory carried along, every character counted once",
@@ -162,16 +173,14 @@ class LanguageModel(ZooModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         detach_every: int | None = None,
         compile: bool = False,
+        preprocessing: TextPreprocessing = TextPreprocessing(tokenizer="bytes", start=10),
     ) -> None:
         super().__init__(network, optimizer, compile)
         self.network = CachedTransformerLM(network)
+        self.preprocessing = preprocessing
         self.detach_every = detach_every
         self.val_loss = MeanMetric()
         self._stream_state: LanguageModelState | None = None
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        return {"tokenizer": "bytes", "start": START}
 
     # ---------------------------------------------------------------- training
 
@@ -205,6 +214,17 @@ class LanguageModel(ZooModule):
         return losses, state
 
     # -------------------------------------------------------------- evaluation
+
+    def samples(self, batch: StreamBatch) -> int:
+        return batch.tokens[:, 1:].numel()
+
+    def macs(self, batch: StreamBatch) -> int:
+        """Multiply-accumulates per token of a forward pass over a segment with memory."""
+        tokens = torch.zeros(1, self.config.segment, dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            _, state = self.network(tokens)
+        segment: int = self.config.segment
+        return round(count_macs(self.network, tokens, state) / segment)
 
     @torch.no_grad()
     def measure(self, datamodule: TextDataModule, protocol: str) -> Measurement:  # type: ignore[override]
