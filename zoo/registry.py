@@ -55,6 +55,12 @@ _architectures = {
             task="language-modeling",
             module="zoo.tasks.language_modeling:LanguageModel",
         ),
+        Architecture(
+            name="ode-resnet",
+            family="continuous-depth",
+            task="image-classification",
+            module="zoo.tasks.continuous_depth:ODEResNetClassifier",
+        ),
     ]
 }
 
