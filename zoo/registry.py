@@ -61,6 +61,18 @@ _architectures = {
             task="image-classification",
             module="zoo.tasks.continuous_depth:ODEResNetClassifier",
         ),
+        Architecture(
+            name="latent-ode",
+            family="continuous-depth",
+            task="trajectory-forecasting",
+            module="zoo.tasks.trajectories:TrajectoryModel",
+        ),
+        Architecture(
+            name="continuous-flow",
+            family="continuous-depth",
+            task="density-estimation",
+            module="zoo.tasks.density:DensityModel",
+        ),
     ]
 }
 

@@ -42,7 +42,9 @@ __all__ = [
 ]
 
 DATA_MODULES: dict[str, str] = {
+    "densities": "zoo.data.densities:DensityDataModule",
     "images": "zoo.data.images:ImageDataModule",
+    "spirals": "zoo.data.spirals:SpiralDataModule",
     "text": "zoo.data.text:TextDataModule",
 }
 """Data modules that a recipe can name."""

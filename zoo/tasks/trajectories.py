@@ -1,0 +1,183 @@
+"""Models of irregularly sampled trajectories: training, extrapolation, and draws of the future."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule, SpiralSet
+from zoo.errors import ConfigError, DataError, ZooError
+from zoo.families.continuous_depth.trajectories import (
+    LatentODE,
+    TrajectoryConfig,
+    TrajectoryRNN,
+    build_trajectory_network,
+)
+from zoo.progress import track
+from zoo.tasks.base import Measurement, ZooModule, count_macs
+from zoo.tasks.continuous_depth import TaskSolverKnob
+from zoo.tasks.optimization import OptimizerConfig
+
+__all__ = ["Extrapolation", "TrajectoryModel"]
+
+_BATCH = 250
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extrapolation:
+    """What a model makes of a few observations.
+
+    Attributes:
+        times: when, T.
+        mean: points from the mean of the latent state, T x D.
+        draws: points from draws of the latent state, S x T x D.
+    """
+
+    times: tuple[float, ...]
+    mean: Tensor
+    draws: Tensor
+
+
+class TrajectoryModel(TaskSolverKnob, ZooModule):
+    """A latent ODE, or the recurrent network it is compared with.
+
+    Args:
+        network: shape of the network.
+        optimizer: how it is trained.
+        compile: refused: the loops over time are too long to compile.
+
+    Raises:
+        ConfigError: `compile` is True.
+    """
+
+    network_config: ClassVar[type[Any]] = TrajectoryConfig
+    protocols: ClassVar[dict[str, str]] = {
+        "extrapolation": "root mean square error over the 100 points after the window, without "
+        "noise, of each test spiral; the mean over spirals",
+        "interpolation": "the same over the 100 points of the window (latent ODE alone)",
+    }
+
+    network: LatentODE | TrajectoryRNN
+
+    def __init__(
+        self,
+        network: TrajectoryConfig = TrajectoryConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        compile: bool = False,
+    ) -> None:
+        super().__init__(network, optimizer, compile)
+        if compile:
+            raise ConfigError("models of trajectories are not compiled: set model.compile=false")
+        self.network = build_trajectory_network(network)
+        if network.kind == "rnn":
+            self.protocols = {"extrapolation": self.protocols["extrapolation"]}  # type: ignore[misc]
+
+    def training_step(self, batch: SpiralSet, batch_idx: int) -> Tensor:
+        """Negative evidence lower bound (latent ODE) or log-likelihood per observation, nats."""
+        grid = [(i + 1) * SPACING for i in range(WINDOW)]
+        loss = self.network.loss(batch.times, batch.values, batch.index, grid)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def samples(self, batch: SpiralSet) -> int:
+        return len(batch.values)
+
+    def macs(self, batch: SpiralSet) -> int:
+        """Multiply-accumulates per spiral of predicting the 100 points after the window."""
+        after = [(WINDOW + i + 1) * SPACING for i in range(WINDOW)]
+        return count_macs(self.network, batch.times[:1], batch.values[:1], after)
+
+    @torch.no_grad()
+    def measure(self, datamodule: SpiralDataModule, protocol: str) -> Measurement:  # type: ignore[override]
+        """Root mean square error of each test spiral; sampling units are spirals.
+
+        Raises:
+            ZooError: there is no such protocol.
+        """
+        if protocol not in self.protocols:
+            raise ZooError(
+                f"Unknown protocol {protocol!r}; choose one of {', '.join(self.protocols)}."
+            )
+        spirals = datamodule.test
+        part = slice(WINDOW, None) if protocol == "extrapolation" else slice(0, WINDOW)
+        at = [(i + 1) * SPACING for i in range(2 * WINDOW)][part]
+        errors = []
+        starts = range(0, len(spirals.truth), _BATCH)
+        for start in track(starts, "spirals", len(starts)):
+            rows = slice(start, start + _BATCH)
+            times, values = spirals.times[rows].to(self.device), spirals.values[rows]
+            predicted = self.network(times, values.to(self.device), at).cpu()
+            gap = (predicted - spirals.truth[rows, part]).double()
+            errors.append(gap.square().mean((1, 2)).sqrt())
+        sums = torch.cat(errors)
+        if len(sums) != datamodule.count:
+            raise AssertionError(f"counted {len(sums)} spirals of {datamodule.count}")
+        return Measurement(
+            metric="rmse",
+            unit="spiral",
+            sums=sums,
+            counts=torch.ones(len(sums), dtype=torch.int64),
+            split="test",
+        )
+
+    @torch.no_grad()
+    def predict(
+        self,
+        times: Sequence[float] | Tensor,
+        values: Sequence[Sequence[float]] | Tensor,
+        at: Sequence[float] | Tensor,
+        *,
+        draws: int = 0,
+        seed: int | None = None,
+    ) -> Extrapolation:
+        """Points of one trajectory at other times, before, between or after its observations.
+
+        Args:
+            times: when it was observed, N, increasing, at least 0.
+            values: what was observed, N x D.
+            at: where to predict, T, increasing, at least 0.
+            draws: number of draws S from the distribution of the latent state.
+            seed: makes the draws repeatable.
+
+        Raises:
+            DataError: observations are too few, not finite, or do not fit together.
+            ZooError: the recurrent network is asked for draws, or for a time before the last.
+        """
+        observed = torch.as_tensor(values, dtype=torch.float32, device=self.device)
+        moments = torch.as_tensor(times, dtype=torch.float32, device=self.device)
+        wanted = tuple(float(t) for t in torch.as_tensor(at, dtype=torch.float64).flatten())
+        if moments.ndim != 1 or observed.shape != (len(moments), self.config.dim):
+            raise DataError(
+                f"Expected N times and N x {self.config.dim} values, got {tuple(moments.shape)} "
+                f"and {tuple(observed.shape)}."
+            )
+        if len(moments) < 2 or not wanted:
+            raise DataError("Give at least two observations and one time to predict.")
+        if not (torch.isfinite(observed).all() and torch.isfinite(moments).all()):
+            raise DataError("Observations and their times must be finite.")
+        if bool((moments.diff() <= 0).any()) or float(moments[0]) < 0:
+            raise DataError("Times of observations must be increasing, from 0 on.")
+        if draws < 0:
+            raise ZooError(f"draws must be at least 0, got {draws}.")
+        network = self.network
+        try:
+            mean = network(moments[None], observed[None], wanted)[0].cpu()
+            if not draws:
+                return Extrapolation(times=wanted, mean=mean, draws=mean[:0].expand(0, *mean.shape))
+            if not isinstance(network, LatentODE):
+                raise ZooError("A recurrent network has no latent state to draw; use draws=0.")
+            centre, log_std = network.encode(moments[None], observed[None])
+            generator = torch.Generator()
+            if seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(seed)
+            noise = torch.randn(draws, centre.shape[1], generator=generator).to(centre)
+            drawn = network.decode(centre + noise * log_std.exp(), wanted).cpu()
+        except ValueError as error:
+            raise ZooError(f"{error}.") from None
+        return Extrapolation(times=wanted, mean=mean, draws=drawn)
