@@ -66,7 +66,9 @@ def make_spirals(count: int, observations: int, noise: float, seed: int) -> Spir
     way = np.where(np.arange(count) % 2 == 0, 1.0, -1.0)[:, None]
     truth = _RADIUS * angle[..., None] * np.stack((np.cos(angle), way * np.sin(angle)), -1)
     noisy = truth[:, :WINDOW] + noise * generator.standard_normal((count, WINDOW, 2))
-    chosen = np.sort(generator.permuted(np.tile(np.arange(WINDOW), (count, 1)), axis=1)[:, :observations])
+    chosen = np.sort(
+        generator.permuted(np.tile(np.arange(WINDOW), (count, 1)), axis=1)[:, :observations]
+    )
     values = np.take_along_axis(noisy, chosen[..., None], 1)
     return SpiralSet(
         torch.from_numpy(truth).float(), torch.from_numpy(values).float(), torch.from_numpy(chosen)

@@ -77,7 +77,9 @@ class DensityModel(TaskSolverKnob, ZooModule):
 
     def macs(self, batch: DensityBatch) -> int:
         """Multiply-accumulates per point of drawing it."""
-        return count_macs(_Transform(self.network), batch.points[:1], self._condition(batch.which[:1]))
+        return count_macs(
+            _Transform(self.network), batch.points[:1], self._condition(batch.which[:1])
+        )
 
     @torch.no_grad()
     def measure(self, datamodule: DensityDataModule, protocol: str) -> Measurement:  # type: ignore[override]

@@ -24,6 +24,9 @@ from zoo.families.continuous_depth.solvers import SolverConfig
 __all__ = ["ContinuousFlow", "CouplingFlow", "FlowConfig", "FlowField", "build_flow"]
 
 
+_SOLVER = SolverConfig(method="rk4", steps=5)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowConfig:
     """Shape of a normalising flow.
@@ -46,7 +49,7 @@ class FlowConfig:
     """Trace of the Jacobian: D products, or an unbiased estimate from one."""
     couplings: int = 8
     """Couplings of the control."""
-    solver: SolverConfig = SolverConfig(method="rk4", steps=8)
+    solver: SolverConfig = _SOLVER
     """How the flow was trained."""
 
     def __post_init__(self) -> None:
@@ -97,7 +100,9 @@ class FlowField(nn.Module):
         dim, known = self.config.dim, self.config.dim + 1 + self.config.conditions
         z, condition, probe = state[:, :dim], state[:, dim + 1 : known], state[:, known:]
         if self.config.trace == "exact":
-            tangents = torch.eye(dim, dtype=z.dtype, device=z.device)[:, None].expand(-1, len(z), -1)
+            tangents = torch.eye(dim, dtype=z.dtype, device=z.device)[:, None].expand(
+                -1, len(z), -1
+            )
         else:
             tangents = probe[None]
         dz, along = self.velocity(t, z, condition, tangents)

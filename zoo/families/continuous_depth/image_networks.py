@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,6 +33,9 @@ __all__ = [
     "TimeChannelField",
     "ode_resnet_preset",
 ]
+
+
+_SOLVER = SolverConfig(method="euler", steps=3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class ODEResNetConfig:
     """See `basis_weights`."""
     dropout: float = 0.0
     """On the features before the head."""
-    solver: SolverConfig = SolverConfig()
+    solver: SolverConfig = _SOLVER
     """How the network was trained; `network.solver`, `.steps` and `.tolerance` choose another."""
 
     def __post_init__(self) -> None:
@@ -215,7 +217,7 @@ class ResidualBlock(nn.Module):
         return shortcut + self.conv2(F.relu(self.norm2(self.conv1(y))))
 
 
-class _Transition(nn.Module):
+class Transition(nn.Module):
     """Norm, ReLU and a 3x3 convolution of stride 2."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -244,7 +246,7 @@ class ODEResNet(SolverKnob, nn.Module):
             if index:
                 narrow = config.widths[index - 1]
                 if config.transition == "conv":
-                    self.blocks.append(_Transition(narrow, width))
+                    self.blocks.append(Transition(narrow, width))
                 else:
                     self.blocks.append(ResidualBlock(narrow, width, stride=2))
             if index >= config.body_from:
@@ -315,9 +317,7 @@ def _body(config: ODEResNetConfig, width: int) -> list[nn.Module]:
     if config.body == "none":
         return []
     if config.body == "residual":
-        return [
-            ResidualBlock(width, width, hidden=hidden) for _ in range(config.residual_blocks)
-        ]
+        return [ResidualBlock(width, width, hidden=hidden) for _ in range(config.residual_blocks)]
     field: nn.Module
     if config.field == "time_channel":
         field = TimeChannelField(width)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -205,7 +206,9 @@ TABLEAUS: dict[str, Tableau] = {
     "rk4": Tableau(
         a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), order=4
     ),
-    "low_storage_rk3": _from_low_storage(((0.0, 1 / 3), (-5 / 9, 15 / 16), (-153 / 128, 8 / 15)), 3),
+    "low_storage_rk3": _from_low_storage(
+        ((0.0, 1 / 3), (-5 / 9, 15 / 16), (-153 / 128, 8 / 15)), 3
+    ),
 }
 """The fixed-step methods."""
 
@@ -291,7 +294,7 @@ def _checked_times(times: Sequence[float]) -> tuple[float, ...]:
     times = tuple(float(t) for t in times)
     if len(times) < 2:
         raise ValueError(f"times must be at least two, got {len(times)}")
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(times)]
     if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
         wrong = next(
             i + 1 for i, s in enumerate(steps) if not (s * steps[0] > 0 and math.isfinite(s))
@@ -330,10 +333,12 @@ def _solve_fixed(
         )
     statistics = Statistics(nfe=nfe, accepted=taken)
     if solver.gradient == "adjoint" and torch.is_grad_enabled():
-        states = _Adjoint.apply(field, times, solver.steps, tableau, statistics, initial, *parameters)
+        states = _Adjoint.apply(
+            field, times, solver.steps, tableau, statistics, initial, *parameters
+        )
         return Solution((initial, *states), statistics)
     states, y = [initial], initial
-    for start, end in zip(times, times[1:], strict=False):
+    for start, end in itertools.pairwise(times):
         for t, h in step_grid(start, end, solver.steps):
             if solver.gradient == "checkpoint" and torch.is_grad_enabled():
                 y = _checkpointed_step(tableau, field, t, h, y, statistics)
@@ -386,7 +391,7 @@ class _Adjoint(torch.autograd.Function):
         ctx.field, ctx.times, ctx.steps, ctx.tableau = field, times, steps, tableau
         ctx.statistics, ctx.parameters = statistics, parameters
         states, y = [], initial
-        for start, end in zip(times, times[1:], strict=False):
+        for start, end in itertools.pairwise(times):
             for t, h in step_grid(start, end, steps):
                 y = runge_kutta_step(tableau, field, t, h, y)
             states.append(y)
@@ -457,7 +462,7 @@ class _Watched(nn.Module):
         self.last_state = slope.detach()
         return slope
 
-    # torchdiffeq calls these with the time before a step, and warns of those a solver has no use for.
+    # torchdiffeq calls these with the time before a step, and warns of callbacks without use.
 
     def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
         self.last_time = float(t)
@@ -521,7 +526,7 @@ def _solve_adaptive(
 
 
 def _grid(steps: int, field: Field, y: Tensor, times: Tensor) -> Tensor:
-    inner = [torch.linspace(a, b, steps + 1).to(times)[1:] for a, b in zip(times, times[1:])]
+    inner = [torch.linspace(a, b, steps + 1).to(times)[1:] for a, b in itertools.pairwise(times)]
     return torch.cat([times[:1], *inner])
 
 
@@ -590,7 +595,7 @@ def _report_non_finite(
         y, tableau = initial, TABLEAUS[solver.method]
         for t, h in (
             step
-            for start, end in zip(times, times[1:], strict=False)
+            for start, end in itertools.pairwise(times)
             for step in step_grid(start, end, solver.steps)
         ):
             y = runge_kutta_step(tableau, field, t, h, y)

@@ -8,6 +8,7 @@ Shape notation: B trajectories, N observations, D coordinates, T times, Z latent
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,6 +20,9 @@ from zoo.families.continuous_depth.blocks import ODEBlock, SolverKnob
 from zoo.families.continuous_depth.solvers import SolverConfig
 
 __all__ = ["LatentODE", "TrajectoryConfig", "TrajectoryRNN", "build_trajectory_network"]
+
+
+_SOLVER = SolverConfig(method="midpoint", steps=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class TrajectoryConfig:
     """Standard deviation of an observation around the decoded state."""
     spacing: float = 0.02
     """Longest interval of time that is integrated in `solver.steps` steps."""
-    solver: SolverConfig = SolverConfig(method="midpoint", steps=1)
+    solver: SolverConfig = _SOLVER
     """How the network was trained."""
 
     def __post_init__(self) -> None:
@@ -63,9 +67,7 @@ class _Field(nn.Module):
     def __init__(self, latent: int, hidden: int, layers: int) -> None:
         super().__init__()
         widths = [latent, *[hidden] * layers]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.out = nn.Linear(hidden, latent)
 
     def forward(self, t: float, z: Tensor) -> Tensor:
