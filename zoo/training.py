@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import sys
 import time
 import typing
 import warnings
@@ -245,7 +246,7 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
         return CLI(
             module_class,
             data_class,
-            args=recipe.options,
+            args=_with_usable_precision(recipe.options),
             run=False,
             save_config_callback=None,
             seed_everything_default=0,
@@ -261,6 +262,25 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(f"{recipe.path}: {_first_line(error)}") from error
+
+
+def _with_usable_precision(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, in float32 where bfloat16 was asked of a processor that can only emulate it.
+
+    Without bfloat16 instructions matrix products are about a hundred times slower than in float32.
+    """
+    import torch
+
+    trainer = options.get("trainer", {})
+    on_cpu = trainer.get("accelerator", "auto") == "cpu" or not torch.accelerator.is_available()
+    if (
+        trainer.get("precision") != "bf16-mixed"
+        or not on_cpu
+        or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return options
+    print("This processor has no bfloat16 arithmetic: training in float32.", file=sys.stderr)
+    return {**options, "trainer": {**trainer, "precision": "32-true"}}
 
 
 def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -> Any:
@@ -404,8 +424,6 @@ def read_facts(run: Path) -> dict[str, Any]:
 
 
 def _callbacks(folder: Path) -> list[Any]:
-    import sys
-
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 
     class Stopwatch(Callback):
@@ -450,6 +468,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    # The recipe is passed to LightningCLI as values; the words of the command are ours.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
 
 
 def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:

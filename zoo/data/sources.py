@@ -7,10 +7,12 @@ extracted here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
+import http.client
+import math
 import os
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from zoo.errors import DataError, UnknownNameError, nearest
+from zoo.progress import track
 
 __all__ = ["SOURCES", "Source", "cache_dir", "data_dirs", "locate", "locate_first"]
 
@@ -74,7 +77,10 @@ def _idx(
 
 
 _MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist", "CC BY-SA 3.0, as commonly stated")
-_FASHION = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", "MIT")
+_FASHION = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
+    "MIT",
+)
 _CIFAR = "none stated by its authors"
 
 
@@ -260,37 +266,39 @@ def _check(path: Path, source: Source) -> None:
 def _download(name: str, source: Source, looked: Sequence[Path]) -> Path:
     """Fetch to a temporary name under a lock, check, and rename."""
     from filelock import FileLock
-    from rich.progress import Progress
 
     target = cache_dir() / source.paths[0]
     if source.url is None:
         raise DataError(f"Data set {name!r} was not found at {', '.join(map(str, looked))}.")
-    partial = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(target) + ".lock"):
-            if not target.is_file():  # another process may have been first
-                request = urllib.request.Request(source.url, headers={"User-Agent": "zoo"})
-                with (
-                    urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer,
-                    partial.open("wb") as file,
-                    Progress(transient=True) as progress,
-                ):
-                    task = progress.add_task(name, total=answer.length)
-                    while chunk := answer.read(_CHUNK):
-                        file.write(chunk)
-                        progress.advance(task, len(chunk))
+            if target.is_file():  # another process was first
+                _check(target, source)
+                return target
+            partial = target.with_name(target.name + ".part")
+            try:
+                _fetch(name, source.url, partial)
                 _check(partial, source)
                 partial.replace(target)
-            else:
-                _check(target, source)
-    except (OSError, urllib.error.URLError) as error:
+            finally:
+                # Under the lock: outside of it the file may be another process's.
+                partial.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         size = "" if source.size is None else f"{source.size / 1e6:.1f} MB, "
         raise DataError(
             f"Data set {name!r} ({size}{source.licence}) was not found at "
-            f"{', '.join(map(str, looked))}, and could not be downloaded ({error}). Get it with: "
+            f"{', '.join(map(str, looked))}, and could not be downloaded ({reason}). Get it with: "
             f"curl --create-dirs -o {target} {source.url}"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
+
+
+def _fetch(name: str, url: str, path: Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "zoo"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer, path.open("wb") as file:
+        chunks = iter(functools.partial(answer.read, _CHUNK), b"")
+        total = None if answer.length is None else math.ceil(answer.length / _CHUNK)
+        for chunk in track(chunks, name, total):
+            file.write(chunk)

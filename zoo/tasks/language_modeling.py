@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from zoo.data.text import START, StreamBatch, TextDataModule, encode_bytes
-from zoo.errors import DataError, ZooError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.cached_transformers import (
     CachedTransformerLM,
     CachedTransformerLMConfig,
@@ -286,6 +286,8 @@ class LanguageModel(ZooModule):
         Raises:
             DataError: a text is empty or not a string.
         """
+        if not isinstance(texts, (str, Sequence)):
+            raise DataError(f"predict takes texts, got {type(texts).__name__}.")
         scores = []
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
@@ -323,7 +325,7 @@ class LanguageModel(ZooModule):
             The new text, without the prompt.
 
         Raises:
-            ZooError: the prompt is empty or an option is out of range.
+            ConfigError: the prompt is empty, or an option is of the wrong type or out of range.
         """
         return "".join(
             self.stream(
@@ -349,32 +351,42 @@ class LanguageModel(ZooModule):
         state: LanguageModelState | None = None,
     ) -> TextStream:
         """As `generate`, but an iterator over pieces of text as they are written."""
-        _check_sampling(prompt, max_new_tokens, temperature, top_k, top_p)
+        sampling = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        _check_sampling(prompt, sampling)
         tokens = encode_bytes(prompt)
         if state is None:
             tokens = torch.cat((torch.tensor([START], dtype=torch.uint8), tokens))
-        return TextStream(
-            self,
-            tokens,
-            state,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        return TextStream(self, tokens, state, **sampling)
 
 
-def _check_sampling(
-    prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    if not isinstance(prompt, str) or not prompt:
-        raise ZooError("The prompt is empty; give at least one character to continue from.")
-    if max_new_tokens < 1:
-        raise ZooError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ZooError(f"temperature must be 0 (greedy) or positive, got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise ZooError(f"top_k must be at least 1, got {top_k}.")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ZooError(f"top_p must be in (0, 1], got {top_p}.")
+def _check_sampling(prompt: str, options: Mapping[str, Any]) -> None:
+    if not isinstance(prompt, str):
+        raise ConfigError(f"The prompt must be a text, got {prompt!r}.")
+    if not prompt:
+        raise ConfigError("The prompt is empty; give at least one character to continue from.")
+    for name, value in options.items():
+        if value is None and name in ("top_k", "top_p", "seed"):
+            continue
+        whole = name in ("max_new_tokens", "top_k", "seed")
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            kind = "whole number" if whole else "number"
+            raise ConfigError(f"{name} must be a {kind}, got {value!r}.")
+        allowed, in_range = _SAMPLING_RANGES[name]
+        if not in_range(value):
+            raise ConfigError(f"{name} must be {allowed}, got {value}.")
+
+
+_SAMPLING_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_new_tokens": ("at least 1", lambda value: value >= 1),
+    "temperature": ("0 (greedy) or positive", lambda value: 0 <= value < math.inf),
+    "top_k": ("at least 1", lambda value: value >= 1),
+    "top_p": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "seed": ("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63),
+}
+"""What each option may be, in words and as a test."""
