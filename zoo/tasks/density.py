@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoo.data.densities import DENSITIES, DensityBatch, DensityDataModule
 from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError, nearest
+from zoo.families.continuous_depth import ODEBlock
 from zoo.families.continuous_depth.flows import (
     ContinuousFlow,
     CouplingFlow,
@@ -25,6 +26,7 @@ from zoo.tasks.optimization import OptimizerConfig
 __all__ = ["DensityModel"]
 
 _BATCH = 5_000
+_DIAGNOSED = 64
 _ALL = "all"
 
 
@@ -45,6 +47,8 @@ class DensityModel(TaskSolverKnob, ZooModule):
         _ALL: "mean negative log-likelihood of the test points of all densities, each counted once",
         **{name: f"the same for {name} alone" for name in DENSITIES},
     }
+
+    refinement_tolerance: ClassVar[float] = 0.005
 
     network: ContinuousFlow | CouplingFlow
 
@@ -109,6 +113,19 @@ class DensityModel(TaskSolverKnob, ZooModule):
             counts=torch.ones(len(sums), dtype=torch.int64),
             split="test",
         )
+
+    @torch.no_grad()
+    def block_states(self, datamodule: DensityDataModule) -> list[tuple[ODEBlock, Tensor]]:  # type: ignore[override]
+        assert isinstance(self.network, ContinuousFlow)
+        found = []
+        for index, name in enumerate(DENSITIES):
+            points = datamodule.test_set(name)[:_DIAGNOSED].to(self.device)
+            found.append(
+                self.network.points_alone(
+                    points, self._condition(torch.full((len(points),), index))
+                )
+            )
+        return found
 
     def _log_density(self, points: Tensor, name: str) -> Tensor:
         parts = []

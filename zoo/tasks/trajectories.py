@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule, SpiralSet
 from zoo.errors import ConfigError, DataError, ZooError
+from zoo.families.continuous_depth import ODEBlock
 from zoo.families.continuous_depth.trajectories import (
     LatentODE,
     TrajectoryConfig,
@@ -25,6 +26,7 @@ from zoo.tasks.optimization import OptimizerConfig
 __all__ = ["Extrapolation", "TrajectoryModel"]
 
 _BATCH = 250
+_DIAGNOSED = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,8 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
         "noise, of each test spiral; the mean over spirals",
         "interpolation": "the same over the 100 points of the window (latent ODE alone)",
     }
+
+    refinement_tolerance: ClassVar[float] = 0.005
 
     network: LatentODE | TrajectoryRNN
 
@@ -123,6 +127,14 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             counts=torch.ones(len(sums), dtype=torch.int64),
             split="test",
         )
+
+    @torch.no_grad()
+    def block_states(self, datamodule: SpiralDataModule) -> list[tuple[ODEBlock, Tensor]]:  # type: ignore[override]
+        assert isinstance(self.network, LatentODE)
+        spirals = datamodule.test
+        z0, _ = self.network.encode(spirals.times[:_DIAGNOSED], spirals.values[:_DIAGNOSED])
+        solver = dataclasses.replace(self.network.flow.solver, steps=WINDOW, gradient="discrete")
+        return [(ODEBlock(self.network.flow.field, solver, (0.0, 2 * WINDOW * SPACING)), z0)]
 
     @torch.no_grad()
     def predict(

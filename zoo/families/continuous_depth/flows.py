@@ -149,9 +149,29 @@ class ContinuousFlow(SolverKnob, nn.Module):
         state = self._state(z, condition, None)
         return self.flow.trajectory(state, (0.0, 1.0)).last[:, : self.config.dim]
 
+    def points_alone(self, x: Tensor, condition: Tensor) -> tuple[ODEBlock, Tensor]:
+        """The flow of the points without their log-density, for diagnostics: a block whose state
+        is B x D, and the points."""
+        block = ODEBlock(
+            _PointField(self.flow.field, condition), self.flow.solver, self.flow.interval
+        )
+        return block, x
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: biases."""
         return {n for n, p in self.named_parameters() if p.ndim < 2}
+
+
+class _PointField(nn.Module):
+    """dz/dt of points of known conditions."""
+
+    def __init__(self, field: nn.Module, condition: Tensor) -> None:
+        super().__init__()
+        self.field, self.condition = field, condition
+
+    def forward(self, t: float, z: Tensor) -> Tensor:
+        assert isinstance(self.field, FlowField)
+        return self.field.velocity(t, z, self.condition, z[None])[0]
 
 
 class _Coupling(nn.Module):

@@ -271,6 +271,15 @@ class ODEResNet(SolverKnob, nn.Module):
             x = block(x)
         return F.relu(self.norm(x)).mean((2, 3))
 
+    def block_inputs(self, images: Tensor) -> list[tuple[ODEBlock, Tensor]]:
+        """Every ODE block with the state at its start, for diagnostics."""
+        x, found = self.stem(images), []
+        for block in self.blocks:
+            if isinstance(block, ODEBlock):
+                found.append((block, x))
+            x = block(x)
+        return found
+
     def forward_head(self, features: Tensor) -> Tensor:
         """B x C features to B x num_classes logits."""
         logits: Tensor = self.head(self.dropout(features))
