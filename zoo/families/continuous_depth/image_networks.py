@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-_SOLVER = SolverConfig(method="euler", steps=3)
+_SOLVER = SolverConfig(method="midpoint", steps=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
