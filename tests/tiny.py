@@ -42,10 +42,23 @@ _LANGUAGE_MODEL = [
     "data.streams=4",
 ]
 
-SHRUNK: dict[str, list[str]] = {"cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL]}
+_ODE_RESNET = ["model.network.widths=[4, 6]", "model.network.body_from=0", "data.batch_size=8"]
+
+_LATENT_ODE = ["model.network.hidden=4", "trainer.check_val_every_n_epoch=1"]
+
+SHRUNK: dict[str, list[str]] = {
+    "cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL],
+    "ode-resnet": [*_TRAINER, *_ODE_RESNET],
+    "latent-ode": [*_TRAINER, *_LATENT_ODE],
+    "continuous-flow": [*_TRAINER, "model.network.hidden=6"],
+}
 """Architecture -> overrides that make a second's training of any of its recipes."""
 
-LESS_DATA: dict[str, list[str]] = {"text": ["data.validation_fraction=0.01"]}
+LESS_DATA: dict[str, list[str]] = {
+    "text": ["data.validation_fraction=0.01"],
+    "spirals": ["data.count=8", "data.batch_size=4"],
+    "densities": ["data.batch_size=12", "data.steps=4", "data.test_points=20"],
+}
 """Data module -> overrides that leave little to measure on."""
 
 

@@ -20,7 +20,7 @@ from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule
 from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError
 from zoo.families.continuous_depth import ODEResNetConfig, SolverConfig
 from zoo.families.continuous_depth.flows import FlowConfig
-from zoo.families.continuous_depth.trajectories import TrajectoryConfig
+from zoo.families.continuous_depth.trajectories import HORIZON, TrajectoryConfig
 from zoo.tasks.continuous_depth import ODEResNetClassifier
 from zoo.tasks.density import DensityModel
 from zoo.tasks.trajectories import TrajectoryModel
@@ -223,7 +223,7 @@ def test_a_trajectory_model_goes_round(kind: str, tmp_path: Path) -> None:
     measured = model.measure(run.datamodule, "extrapolation")
     spirals = run.datamodule.test
     at = [(WINDOW + i + 1) * SPACING for i in range(WINDOW)]
-    one = model.predict(spirals.times[3], spirals.values[3], at)
+    (one,) = model.predict((spirals.times[3], spirals.values[3]), at)
     error = (one.mean - spirals.truth[3, WINDOW:]).square().mean().sqrt()
     assert float(measured.sums[3]) == pytest.approx(float(error), rel=1e-5)
     assert (measured.n, measured.metric, measured.split) == (16, "rmse", "test")
@@ -232,17 +232,20 @@ def test_a_trajectory_model_goes_round(kind: str, tmp_path: Path) -> None:
 def test_predictions_are_points_and_draws_at_any_times() -> None:
     model = trajectories()
     times, values = [0.1, 0.5, 0.9], [[0.0, 1.0], [1.0, 0.0], [0.0, -1.0]]
-    found = model.predict(times, values, [0.0, 0.3, 2.0], draws=5, seed=3)
+    at = [0.0, 0.3, 2.0]
+    (found,) = model.predict((times, values), at, draws=5, seed=3)
     assert found.mean.shape == (3, 2)
     assert found.draws.shape == (5, 3, 2)
-    assert torch.equal(
-        found.draws, model.predict(times, values, [0.0, 0.3, 2.0], draws=5, seed=3).draws
-    )
+    (again,) = model.predict((times, values), at, draws=5, seed=3)
+    assert torch.equal(found.draws, again.draws)
     assert len({tuple(d.flatten().tolist()) for d in found.draws}) == 5
-    assert model.predict(times, values, [0.3]).draws.shape == (0, 1, 2)
+    assert model.predict((times, values), [0.3])[0].draws.shape == (0, 1, 2)
+    several = model.predict([(times, values), (times[:2], values[:2])])
+    assert [e.mean.shape for e in several] == [(HORIZON, 2)] * 2
+    assert [e.times[0] for e in several] == pytest.approx([0.92, 0.52])
     model.solver, model.tolerance = "dopri5", 1e-6
     torch.testing.assert_close(
-        found.mean, model.predict(times, values, [0.0, 0.3, 2.0]).mean, rtol=1e-3, atol=1e-3
+        found.mean, model.predict((times, values), at)[0].mean, rtol=1e-3, atol=1e-3
     )
 
 
@@ -260,16 +263,16 @@ def test_predictions_are_points_and_draws_at_any_times() -> None:
 )
 def test_wrong_observations_are_refused(arguments: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        trajectories().predict(*arguments)
+        trajectories().predict(arguments[:2], arguments[2])
 
 
 def test_the_recurrent_network_says_what_it_cannot_do() -> None:
     model = trajectories(kind="rnn")
     observed = ([0.1, 0.2], [[0.0, 1.0]] * 2)
     with pytest.raises(ZooError, match="no latent state to draw"):
-        model.predict(*observed, [1.0], draws=2)
+        model.predict(observed, [1.0], draws=2)
     with pytest.raises(ZooError, match="onwards only"):
-        model.predict(*observed, [0.15])
+        model.predict(observed, [0.15])
     with pytest.raises(ZooError, match="no ODE block"):
         model.solver = "rk4"
     with pytest.raises(ConfigError, match="compile=false"):

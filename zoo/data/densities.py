@@ -23,6 +23,7 @@ __all__ = ["DENSITIES", "DensityBatch", "DensityDataModule", "draw", "true_entro
 
 _Array = NDArray[np.float64]
 _TEST_SEED = 1
+_VALIDATED = 1_000
 
 
 def _moons(n: int, generator: np.random.Generator) -> _Array:
@@ -190,6 +191,14 @@ class DensityDataModule(pl.LightningDataModule):
         """Points of a density to measure on, `test_points` x 2."""
         # Four numbers seed a training batch and two this, so that they never meet.
         return draw(name, self.test_points, (_TEST_SEED, list(DENSITIES).index(name)))
+
+    def val_dataloader(self) -> DataLoader[DensityBatch]:
+        """Up to 1,000 test points of each density, a batch each."""
+        batches = []
+        for index, name in enumerate(DENSITIES):
+            points = self.test_set(name)[:_VALIDATED]
+            batches.append(DensityBatch(points, torch.full((len(points),), index)))
+        return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
     def train_dataloader(self) -> DataLoader[DensityBatch]:
         """Batches of `DensityBatch`, other ones in each epoch."""

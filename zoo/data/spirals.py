@@ -135,6 +135,12 @@ class SpiralDataModule(pl.LightningDataModule):
         """What is measured on."""
         return make_spirals(self.count, self.observations, self.noise, _TEST)
 
+    def val_dataloader(self) -> DataLoader[SpiralSet]:
+        """The test spirals in batches; they play no part in training, nor in choosing weights."""
+        rows = torch.arange(self.count).split(min(self.batch_size, self.count))
+        batches = [SpiralSet(*(part[index] for part in self.test)) for index in rows]
+        return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+
     def train_dataloader(self) -> DataLoader[SpiralSet]:
         """Batches of `SpiralSet` in random order."""
         size = min(self.batch_size, self.count)

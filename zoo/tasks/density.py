@@ -43,6 +43,7 @@ class DensityModel(TaskSolverKnob, ZooModule):
     """
 
     network_config: ClassVar[type[Any]] = FlowConfig
+    head_parameters: ClassVar[tuple[str, ...]] = ("flow.field.out.weight", "flow.field.out.bias")
     protocols: ClassVar[dict[str, str]] = {
         _ALL: "mean negative log-likelihood of the test points of all densities, each counted once",
         **{name: f"the same for {name} alone" for name in DENSITIES},
@@ -75,6 +76,10 @@ class DensityModel(TaskSolverKnob, ZooModule):
         loss = -self.network.log_prob(batch.points, self._condition(batch.which)).mean()
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def validation_step(self, batch: DensityBatch, batch_idx: int) -> None:
+        loss = -self.network.log_prob(batch.points, self._condition(batch.which)).mean()
+        self.log("val_loss", loss, batch_size=len(batch.points))
 
     def samples(self, batch: DensityBatch) -> int:
         return len(batch.points)
@@ -135,7 +140,7 @@ class DensityModel(TaskSolverKnob, ZooModule):
         return torch.cat(parts).double().cpu()
 
     @torch.no_grad()
-    def predict(self, points: Sequence[Sequence[float]] | Tensor, density: str) -> Tensor:
+    def predict(self, points: Sequence[Sequence[float]] | Tensor, density: str = "moons") -> Tensor:
         """Natural logarithm of a density at points, N float64.
 
         Args:

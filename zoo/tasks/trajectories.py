@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule, SpiralSet
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.continuous_depth import ODEBlock
 from zoo.families.continuous_depth.trajectories import (
+    HORIZON,
     LatentODE,
     TrajectoryConfig,
     TrajectoryRNN,
@@ -44,6 +45,10 @@ class Extrapolation:
     draws: Tensor
 
 
+Observed: TypeAlias = tuple[Sequence[float] | Tensor, Sequence[Sequence[float]] | Tensor]
+"""Times and values of the observations of one trajectory."""
+
+
 class TrajectoryModel(TaskSolverKnob, ZooModule):
     """A latent ODE, or the recurrent network it is compared with.
 
@@ -57,6 +62,9 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
     """
 
     network_config: ClassVar[type[Any]] = TrajectoryConfig
+    head_parameters: ClassVar[tuple[str, ...]] = tuple(
+        f"decoder.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    )
     protocols: ClassVar[dict[str, str]] = {
         "extrapolation": "root mean square error over the 100 points after the window, without "
         "noise, of each test spiral; the mean over spirals",
@@ -77,10 +85,16 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             raise ConfigError("models of trajectories are not compiled: set model.compile=false")
         self.network = build_trajectory_network(network)
 
+    def _loss(self, batch: SpiralSet) -> Tensor:
+        grid = [(i + 1) * SPACING for i in range(WINDOW)]
+        return self.network.loss(batch.times, batch.values, batch.index, grid)
+
+    def validation_step(self, batch: SpiralSet, batch_idx: int) -> None:
+        self.log("val_loss", self._loss(batch), batch_size=len(batch.values))
+
     def training_step(self, batch: SpiralSet, batch_idx: int) -> Tensor:
         """Negative evidence lower bound (latent ODE) or log-likelihood per observation, nats."""
-        grid = [(i + 1) * SPACING for i in range(WINDOW)]
-        loss = self.network.loss(batch.times, batch.values, batch.index, grid)
+        loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -135,19 +149,19 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
     @torch.no_grad()
     def predict(
         self,
-        times: Sequence[float] | Tensor,
-        values: Sequence[Sequence[float]] | Tensor,
-        at: Sequence[float] | Tensor,
+        observed: Observed | Sequence[Observed],
+        at: Sequence[float] | Tensor | None = None,
         *,
         draws: int = 0,
         seed: int | None = None,
-    ) -> Extrapolation:
-        """Points of one trajectory at other times, before, between or after its observations.
+    ) -> list[Extrapolation]:
+        """Points of trajectories at other times, before, between or after their observations.
 
         Args:
-            times: when it was observed, N, increasing, at least 0.
-            values: what was observed, N x D.
-            at: where to predict, T, increasing, at least 0.
+            observed: pairs of times (N, increasing, at least 0) and values (N x D), or one pair;
+                the trajectories may have different numbers of observations.
+            at: where to predict, T, increasing, at least 0; None: `HORIZON` points after the last
+                observation of each.
             draws: number of draws S from the distribution of the latent state.
             seed: makes the draws repeatable.
 
@@ -155,37 +169,56 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             DataError: observations are too few, not finite, or do not fit together.
             ZooError: the recurrent network is asked for draws, or for a time before the last.
         """
-        observed = torch.as_tensor(values, dtype=torch.float32, device=self.device)
-        moments = torch.as_tensor(times, dtype=torch.float32, device=self.device)
-        wanted = tuple(float(t) for t in torch.as_tensor(at, dtype=torch.float64).flatten())
-        if moments.ndim != 1 or observed.shape != (len(moments), self.config.dim):
+        if draws < 0:
+            raise ZooError(f"draws must be at least 0, got {draws}.")
+        if draws and not isinstance(self.network, LatentODE):
+            raise ZooError("A recurrent network has no latent state to draw; use draws=0.")
+        wanted = None
+        if at is not None:
+            wanted = tuple(float(t) for t in torch.as_tensor(at, dtype=torch.float64).flatten())
+            if not wanted:
+                raise DataError("Give at least one time to predict.")
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        pairs = [observed] if isinstance(observed, tuple) else observed
+        return [self._extrapolate(*pair, wanted, draws, generator) for pair in pairs]
+
+    def _extrapolate(
+        self,
+        times: Sequence[float] | Tensor,
+        values: Sequence[Sequence[float]] | Tensor,
+        at: tuple[float, ...] | None,
+        draws: int,
+        generator: torch.Generator,
+    ) -> Extrapolation:
+        dtype = next(self.network.parameters()).dtype
+        moments = torch.as_tensor(times, dtype=dtype, device=self.device)
+        points = torch.as_tensor(values, dtype=dtype, device=self.device)
+        if moments.ndim != 1 or points.shape != (len(moments), self.config.dim):
             raise DataError(
                 f"Expected N times and N x {self.config.dim} values, got {tuple(moments.shape)} "
-                f"and {tuple(observed.shape)}."
+                f"and {tuple(points.shape)}."
             )
-        if len(moments) < 2 or not wanted:
-            raise DataError("Give at least two observations and one time to predict.")
-        if not (torch.isfinite(observed).all() and torch.isfinite(moments).all()):
+        if len(moments) < 2:
+            raise DataError("Give at least two observations.")
+        if not (torch.isfinite(points).all() and torch.isfinite(moments).all()):
             raise DataError("Observations and their times must be finite.")
         if bool((moments.diff() <= 0).any()) or float(moments[0]) < 0:
             raise DataError("Times of observations must be increasing, from 0 on.")
-        if draws < 0:
-            raise ZooError(f"draws must be at least 0, got {draws}.")
+        if at is None:
+            at = tuple(float(moments[-1]) + (i + 1) * self.config.spacing for i in range(HORIZON))
         network = self.network
         try:
-            mean = network(moments[None], observed[None], wanted)[0].cpu()
-            if not draws:
-                return Extrapolation(times=wanted, mean=mean, draws=mean[:0].expand(0, *mean.shape))
-            if not isinstance(network, LatentODE):
-                raise ZooError("A recurrent network has no latent state to draw; use draws=0.")
-            centre, log_std = network.encode(moments[None], observed[None])
-            generator = torch.Generator()
-            if seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(seed)
-            noise = torch.randn(draws, centre.shape[1], generator=generator).to(centre)
-            drawn = network.decode(centre + noise * log_std.exp(), wanted).cpu()
+            mean = network(moments[None], points[None], at)[0].cpu()
+            drawn = mean[None][:0]
+            if draws:
+                assert isinstance(network, LatentODE)
+                centre, log_std = network.encode(moments[None], points[None])
+                noise = torch.randn(draws, centre.shape[1], generator=generator).to(centre)
+                drawn = network.decode(centre + noise * log_std.exp(), at).cpu()
         except ValueError as error:
             raise ZooError(f"{error}.") from None
-        return Extrapolation(times=wanted, mean=mean, draws=drawn)
+        return Extrapolation(times=at, mean=mean, draws=drawn)

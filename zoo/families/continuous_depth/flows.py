@@ -139,10 +139,18 @@ class ContinuousFlow(SolverKnob, nn.Module):
             condition: which density, B x K, ones and zeros.
             probe: signs for Hutchinson's estimator, B x D; None draws them.
         """
-        last = self.flow(self._state(x, condition, probe))
-        z, change = last[:, : self.config.dim], last[:, self.config.dim]
-        # Back in time the state has gathered + the integral of the trace, which log p(x) lacks.
-        return _standard_normal(z) - change
+        return self.forward_head(self.forward_features(x, condition, probe))
+
+    def forward_features(self, x: Tensor, condition: Tensor, probe: Tensor | None = None) -> Tensor:
+        """Points of the base density, and the log-determinant of the map from them to the data,
+        B x (D + 1); see `log_prob`."""
+        return self.flow(self._state(x, condition, probe))[:, : self.config.dim + 1]
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Log-density, B, from `forward_features`."""
+        return _standard_normal(features[:, :-1]) - features[:, -1]
+
+    forward = log_prob
 
     def transform(self, z: Tensor, condition: Tensor) -> Tensor:
         """Points of the data, B x D, from points of the base density."""
@@ -156,6 +164,15 @@ class ContinuousFlow(SolverKnob, nn.Module):
             _PointField(self.flow.field, condition), self.flow.solver, self.flow.interval
         )
         return block, x
+
+    def group_matcher(self) -> dict[str, str]:
+        """Parameter name patterns from input to output, for layer-wise learning rates."""
+        field = r"^flow\.field\."
+        return {
+            "stem": field + "(point|context)",
+            "blocks": field + r"layers\.(\d+)",
+            "head": field + "out",
+        }
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: biases."""
@@ -220,17 +237,31 @@ class CouplingFlow(nn.Module):
 
     def log_prob(self, x: Tensor, condition: Tensor) -> Tensor:
         """Natural logarithm of the density, B, of points, B x D; see `ContinuousFlow.log_prob`."""
+        return self.forward_head(self.forward_features(x, condition))
+
+    def forward_features(self, x: Tensor, condition: Tensor) -> Tensor:
+        """As of `ContinuousFlow`."""
         total = torch.zeros_like(x[:, 0])
         for coupling in reversed(self.couplings):
             x, determinant = coupling(x, condition, inverse=True)
-            total = total + determinant
-        return _standard_normal(x) + total
+            total = total - determinant
+        return torch.cat((x, total[:, None]), -1)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Log-density, B, from `forward_features`."""
+        return _standard_normal(features[:, :-1]) - features[:, -1]
+
+    forward = log_prob
 
     def transform(self, z: Tensor, condition: Tensor) -> Tensor:
         """Points of the data, B x D, from points of the base density."""
         for coupling in self.couplings:
             z, _ = coupling(z, condition, inverse=False)
         return z
+
+    def group_matcher(self) -> dict[str, str]:
+        """Parameter name patterns from input to output, for layer-wise learning rates."""
+        return {"blocks": r"^couplings\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: biases."""

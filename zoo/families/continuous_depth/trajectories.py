@@ -24,6 +24,9 @@ __all__ = ["LatentODE", "TrajectoryConfig", "TrajectoryRNN", "build_trajectory_n
 
 _SOLVER = SolverConfig(method="midpoint", steps=1)
 
+HORIZON = 10
+"""Points that are predicted when no times are given, one spacing apart."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrajectoryConfig:
@@ -112,18 +115,38 @@ class LatentODE(SolverKnob, nn.Module):
         mean, log_std = self.posterior(last[0]).chunk(2, -1)
         return mean, log_std
 
-    def decode(self, z0: Tensor, times: Sequence[float]) -> Tensor:
-        """Trajectories, B x T x D, at increasing times of at least 0 from latent states, B x Z."""
+    def _latent(self, z0: Tensor, times: Sequence[float]) -> Tensor:
+        """Latent states at times, B x T x Z."""
         grid, wanted = refined_times(times, self.config.spacing)
         if len(grid) == 1:
-            return torch.stack([self.decoder(z0)] * len(times), 1)
+            return z0[:, None]
         states = self.flow.trajectory(z0, grid).states
-        decoded: Tensor = self.decoder(torch.stack([states[i] for i in wanted], 1))
+        return torch.stack([states[i] for i in wanted], 1)
+
+    def decode(self, z0: Tensor, times: Sequence[float]) -> Tensor:
+        """Trajectories, B x T x D, at increasing times of at least 0 from latent states, B x Z."""
+        return self.forward_head(self._latent(z0, times))
+
+    def forward_features(
+        self, times: Tensor, values: Tensor, at: Sequence[float] | None = None
+    ) -> Tensor:
+        """As `forward`, but the latent states before the decoder, B x T x Z."""
+        at = _next_times(times, self.config.spacing) if at is None else at
+        return self._latent(self.encode(times, values)[0], at)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Points, ... x D, of latent states, ... x Z."""
+        decoded: Tensor = self.decoder(features)
         return decoded
 
-    def forward(self, times: Tensor, values: Tensor, at: Sequence[float]) -> Tensor:
-        """Trajectories at times `at`, B x T x D, from the mean of q(z0 | observations)."""
-        return self.decode(self.encode(times, values)[0], at)
+    def forward(self, times: Tensor, values: Tensor, at: Sequence[float] | None = None) -> Tensor:
+        """Trajectories at other times, B x T x D, from the mean of q(z0 | observations).
+
+        Args:
+            times, values: observations, see `encode`.
+            at: increasing times of at least 0; None: `HORIZON` times after the batch's last.
+        """
+        return self.forward_head(self.forward_features(times, values, at))
 
     def loss(self, times: Tensor, values: Tensor, index: Tensor, grid: Sequence[float]) -> Tensor:
         """Negative evidence lower bound per observation, nats, with one draw of z0.
@@ -143,6 +166,10 @@ class LatentODE(SolverKnob, nn.Module):
         )
         divergence = 0.5 * (mean.square() + (2 * log_std).exp() - 1.0) - log_std
         return likelihood.sum(-1).mean() + divergence.sum(-1).mean() / values.shape[1]
+
+    def group_matcher(self) -> dict[str, str]:
+        """Parameter name patterns from input to output, for layer-wise learning rates."""
+        return {"stem": r"^(recognition|posterior)", "blocks": r"^flow", "head": r"^decoder"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: biases."""
@@ -165,14 +192,11 @@ class TrajectoryRNN(nn.Module):
     def _inputs(self, values: Tensor, gaps: Tensor) -> Tensor:
         return torch.cat((values, gaps[..., None] / self.config.spacing), -1)
 
-    def forward(self, times: Tensor, values: Tensor, at: Sequence[float]) -> Tensor:
-        """Trajectories at times `at`, B x T x D, all after the last observation.
-
-        Each prediction is fed back as if it had been observed.
-
-        Raises:
-            ValueError: a time is not after the last observation.
-        """
+    def forward_features(
+        self, times: Tensor, values: Tensor, at: Sequence[float] | None = None
+    ) -> Tensor:
+        """As `forward`, but the recurrent units before the last layer, B x T x recurrent."""
+        at = _next_times(times, self.config.spacing) if at is None else at
         last = float(times.max())
         if min(at) < last:
             raise ValueError(
@@ -181,14 +205,33 @@ class TrajectoryRNN(nn.Module):
             )
         gaps = torch.diff(times, dim=1)
         _, state = self.recurrent(self._inputs(values[:, :-1], gaps))
-        now, value, predicted = times[:, -1], values[:, -1], []
+        now, value, features = times[:, -1], values[:, -1], []
         for t in at:
             inputs = self._inputs(value[:, None], (t - now)[:, None])
             hidden, state = self.recurrent(inputs, state)
-            value = self.out(hidden[:, 0])
-            predicted.append(value)
+            features.append(hidden[:, 0])
+            value = self.out(features[-1])
             now = torch.full_like(now, t)
-        return torch.stack(predicted, 1)
+        return torch.stack(features, 1)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Points, ... x D, of recurrent units, ... x recurrent."""
+        points: Tensor = self.out(features)
+        return points
+
+    def forward(self, times: Tensor, values: Tensor, at: Sequence[float] | None = None) -> Tensor:
+        """Trajectories at times after the last observation, B x T x D.
+
+        Each prediction is fed back as if it had been observed.
+
+        Args:
+            times, values: observations, B x N and B x N x D.
+            at: increasing times; None: `HORIZON` times after the batch's last.
+
+        Raises:
+            ValueError: a time is not after the last observation.
+        """
+        return self.forward_head(self.forward_features(times, values, at))
 
     def loss(self, times: Tensor, values: Tensor, index: Tensor, grid: Sequence[float]) -> Tensor:
         """Negative log-likelihood per observation but the first, nats; see `LatentODE.loss`."""
@@ -199,9 +242,18 @@ class TrajectoryRNN(nn.Module):
         )
         return likelihood.sum(-1).mean()
 
+    def group_matcher(self) -> dict[str, str]:
+        """Parameter name patterns from input to output, for layer-wise learning rates."""
+        return {"stem": r"^recurrent", "head": r"^out"}
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: biases."""
         return {n for n, p in self.named_parameters() if p.ndim < 2}
+
+
+def _next_times(times: Tensor, spacing: float) -> list[float]:
+    last = float(times.max())
+    return [last + (i + 1) * spacing for i in range(HORIZON)]
 
 
 def refined_times(times: Sequence[float], spacing: float) -> tuple[list[float], list[int]]:
