@@ -31,7 +31,7 @@ def _moons(n: int, generator: np.random.Generator) -> _Array:
     upper = generator.random(n) < 0.5
     x = np.where(upper, np.cos(angle), 1.0 - np.cos(angle))
     y = np.where(upper, np.sin(angle), 0.5 - np.sin(angle))
-    points = 2.0 * np.stack((x - 0.5, y - 0.25), 1)
+    points: _Array = 2.0 * np.stack((x - 0.5, y - 0.25), 1)
     return points + 0.1 * generator.standard_normal((n, 2))
 
 
@@ -60,7 +60,8 @@ def _pinwheel(n: int, generator: np.random.Generator) -> _Array:
 def _checkerboard(n: int, generator: np.random.Generator) -> _Array:
     column = generator.integers(0, 4, n)
     row = 2 * generator.integers(0, 2, n) + column % 2
-    return np.stack((column, row), 1) - 2.0 + generator.random((n, 2))
+    corners: _Array = np.stack((column, row), 1) - 2.0
+    return corners + generator.random((n, 2))
 
 
 def _spirals(n: int, generator: np.random.Generator) -> _Array:

@@ -399,7 +399,7 @@ class _Adjoint(torch.autograd.Function):
         return tuple(states)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tableau: Tableau = ctx.tableau
         states = ctx.saved_tensors
