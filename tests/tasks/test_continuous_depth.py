@@ -356,3 +356,20 @@ def test_a_flow_is_diagnosed_density_by_density() -> None:
         assert points.shape == (20, 2)
         assert block.interval == (1.0, 0.0)
         assert block(points).shape == (20, 2)
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def test_figures_of_every_task_are_drawn(run: training.Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from zoo import figures
+
+    drawn = figures._solvers(
+        checkpoints.load(run.checkpoint), run.checkpoint, figures.read_metrics(run.folder), tmp_path
+    )
+    assert (tmp_path / "evaluations.png") in drawn
+    drawn += figures._densities(densities(), tmp_path, {}, tmp_path)
+    assert len(drawn) >= 1 + len(DENSITIES)
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
