@@ -144,7 +144,8 @@ class ContinuousFlow(SolverKnob, nn.Module):
     def forward_features(self, x: Tensor, condition: Tensor, probe: Tensor | None = None) -> Tensor:
         """Points of the base density, and the log-determinant of the map from them to the data,
         B x (D + 1); see `log_prob`."""
-        return self.flow(self._state(x, condition, probe))[:, : self.config.dim + 1]
+        last: Tensor = self.flow(self._state(x, condition, probe))
+        return last[:, : self.config.dim + 1]
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Log-density, B, from `forward_features`."""

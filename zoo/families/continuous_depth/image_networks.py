@@ -214,7 +214,8 @@ class ResidualBlock(nn.Module):
         """B x in x H x W to B x out x H/stride x W/stride."""
         y = F.relu(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(y)
-        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(y))))
+        branch: Tensor = self.conv2(F.relu(self.norm2(self.conv1(y))))
+        return branch + shortcut
 
 
 class Transition(nn.Module):

@@ -262,7 +262,7 @@ def refined_times(times: Sequence[float], spacing: float) -> tuple[list[float], 
     Raises:
         ValueError: the times are negative or not increasing.
     """
-    grid, wanted = [0.0], []
+    grid, wanted = [0.0], list[int]()
     for t in times:
         t = float(t)
         if not t >= grid[-1] or (wanted and t == grid[-1]):
