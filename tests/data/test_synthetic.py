@@ -33,10 +33,10 @@ def test_spirals_are_archimedean_and_turn_both_ways() -> None:
 def test_observations_are_noisy_points_of_the_window_in_order(n: int) -> None:
     spirals = make_spirals(200, n, 0.3, seed=5)
     assert spirals.values.shape == (200, n, 2)
-    assert bool((spirals.index.diff(dim=1) > 0).all())
-    assert 0 <= int(spirals.index.min()) <= int(spirals.index.max()) < WINDOW
-    torch.testing.assert_close(spirals.times, (spirals.index + 1) * SPACING)
-    at = spirals.index[..., None].expand(-1, -1, 2)
+    assert bool((spirals.chosen.diff(dim=1) > 0).all())
+    assert 0 <= int(spirals.chosen.min()) <= int(spirals.chosen.max()) < WINDOW
+    torch.testing.assert_close(spirals.times, (spirals.chosen + 1) * SPACING)
+    at = spirals.chosen[..., None].expand(-1, -1, 2)
     noise = spirals.values - spirals.truth.gather(1, at)
     assert float(noise.std()) == pytest.approx(0.3, rel=0.1)
     assert torch.equal(spirals.truth, make_spirals(200, 7, 0.3, seed=5).truth)
@@ -76,7 +76,7 @@ def test_wrong_options_of_spirals_are_refused(options: dict[str, Any], message: 
 def test_made_data_are_equal_on_every_machine() -> None:
     """Rounded sums that were written down once; they change when the generator does."""
     spirals = make_spirals(10, 20, 0.3, seed=0)
-    sums = [float(spirals.truth.double().sum()), float(spirals.index.sum())]
+    sums = [float(spirals.truth.double().sum()), float(spirals.chosen.sum())]
     points = [float(draw(name, 100, 0).double().sum()) for name in DENSITIES]
     assert [round(v, 2) for v in (*sums, *points)] == GOLDEN
 

@@ -39,13 +39,13 @@ class SpiralSet(NamedTuple):
     """Points without noise, N x 2 WINDOW x 2, float32."""
     values: Tensor
     """Noisy observations in order of time, N x n x 2, float32."""
-    index: Tensor
+    chosen: Tensor
     """Which points of the window they are of, N x n, int64, increasing."""
 
     @property
     def times(self) -> Tensor:
         """Times of the observations, N x n; the first point of the window is at `SPACING`."""
-        return (self.index + 1) * SPACING
+        return (self.chosen + 1) * SPACING
 
 
 def make_spirals(count: int, observations: int, noise: float, seed: int) -> SpiralSet:
@@ -137,7 +137,7 @@ class SpiralDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[SpiralSet]:
         """The test spirals in batches; they play no part in training, nor in choosing weights."""
-        rows = torch.arange(self.count).split(min(self.batch_size, self.count))
+        rows = torch.split(torch.arange(self.count), min(self.batch_size, self.count))
         batches = [SpiralSet(*(part[index] for part in self.test)) for index in rows]
         return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 

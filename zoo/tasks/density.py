@@ -134,7 +134,7 @@ class DensityModel(TaskSolverKnob, ZooModule):
 
     def _log_density(self, points: Tensor, name: str) -> Tensor:
         parts = []
-        for part in points.split(_BATCH):
+        for part in torch.split(points, _BATCH):
             which = torch.full((len(part),), list(DENSITIES).index(name))
             parts.append(self.network.log_prob(part.to(self.device), self._condition(which)))
         return torch.cat(parts).double().cpu()

@@ -87,7 +87,7 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
 
     def _loss(self, batch: SpiralSet) -> Tensor:
         grid = [(i + 1) * SPACING for i in range(WINDOW)]
-        return self.network.loss(batch.times, batch.values, batch.index, grid)
+        return self.network.loss(batch.times, batch.values, batch.chosen, grid)
 
     def validation_step(self, batch: SpiralSet, batch_idx: int) -> None:
         self.log("val_loss", self._loss(batch), batch_size=len(batch.values))

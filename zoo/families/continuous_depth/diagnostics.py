@@ -105,13 +105,13 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 
 def _forward(function: Map, y: Tensor) -> Map:
     """J v at y, sample by sample: samples do not see each other."""
-    return lambda v: torch.func.jvp(function, (y,), (v,))[1]  # type: ignore[no-any-return]
+    return lambda v: torch.func.jvp(function, (y,), (v,))[1]
 
 
 def _backward(function: Map, y: Tensor) -> Map:
     """J^T v at y."""
     pull = torch.func.vjp(function, y)[1]
-    return lambda v: pull(v)[0]  # type: ignore[no-any-return]
+    return lambda v: pull(v)[0]
 
 
 def _random(y: Tensor, seed: int) -> Tensor:
@@ -159,13 +159,15 @@ def _hessenberg(product: Map, y: Tensor, rounds: int, seed: int) -> Tensor:
 def spectral_radius(product: Map, y: Tensor, seed: int = 0) -> Tensor:
     """Largest modulus of an eigenvalue of a linear map, for each sample, B; by Arnoldi."""
     h = _hessenberg(product, y, _KRYLOV, seed)
-    return torch.linalg.eigvals(h).abs().amax(1)
+    radius: Tensor = torch.linalg.eigvals(h).abs().amax(1)
+    return radius
 
 
 def largest_of_symmetric(product: Map, y: Tensor, seed: int = 0) -> Tensor:
     """Largest eigenvalue of a symmetric linear map, for each sample, B; approached from below."""
     h = _hessenberg(product, y, _KRYLOV, seed)
-    return torch.linalg.eigvalsh((h + h.mT) / 2).amax(1)
+    largest: Tensor = torch.linalg.eigvalsh((h + h.mT) / 2).amax(1)
+    return largest
 
 
 def step_gain(function: Map, y: Tensor, seed: int = 0) -> Tensor:
@@ -283,7 +285,7 @@ def diagnose_block(block: ODEBlock, y: Tensor, k: int = 4) -> BlockDiagnosis:
         states.append(function(here))
     exponents = flow_exponents(block, y, k)
     start, end = block.interval
-    back = ODEBlock(block.field, SolverConfig(method=method, steps=count), (end, start))  # type: ignore[arg-type]
+    back = ODEBlock(block.field, SolverConfig(method=method, steps=count), (end, start))
     returned = _chain(block_steps(back))(states[-1])
     inverse = flow_exponents(back, states[-1], 1)[:, 0]
     distance = (_dot(returned - y, returned - y) / _dot(y, y).clamp(min=1e-30)).sqrt()
@@ -335,7 +337,7 @@ def _adjoint_cosine(block: ODEBlock, y: Tensor, method: Any, steps: int) -> floa
         return 1.0
     weights, found = _random(y, 99), []
     for gradient in ("discrete", "adjoint"):
-        config = SolverConfig(method=method, steps=steps, gradient=gradient)  # type: ignore[arg-type]
+        config = SolverConfig(method=method, steps=steps, gradient=gradient)
         loss = (solve(block.field, y, block.interval, config).last * weights).sum()
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         found.append(torch.cat([g.flatten() for g in grads if g is not None]).double())
@@ -460,7 +462,7 @@ def input_lipschitz(
 def _jacobian_norms(network: nn.Module, images: Tensor, batch: int = 128) -> Tensor:
     """2-norm of the Jacobian of the logits at each image, by one backward pass per class."""
     norms = []
-    for part in images.split(batch):
+    for part in torch.split(images, batch):
         x = part.detach().requires_grad_()
         logits = network(x)
         rows = [
@@ -557,7 +559,7 @@ def _without_bias(conv: nn.Conv2d) -> Map:
             conv.stride,
             conv.padding,
             conv.dilation,
-            conv.groups,  # type: ignore[arg-type]
+            conv.groups,
         )
 
     return linear
