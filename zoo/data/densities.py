@@ -38,7 +38,7 @@ def _moons(n: int, generator: np.random.Generator) -> _Array:
 def _circles(n: int, generator: np.random.Generator) -> _Array:
     angle = 2 * math.pi * generator.random(n)
     radius = np.where(generator.random(n) < 0.5, 2.0, 1.0)
-    points = radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1)
+    points: _Array = radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1)
     return points + 0.1 * generator.standard_normal((n, 2))
 
 
@@ -68,7 +68,7 @@ def _spirals(n: int, generator: np.random.Generator) -> _Array:
     angle = 3 * math.pi * np.sqrt(generator.random(n))
     sign = np.where(generator.random(n) < 0.5, 1.0, -1.0)
     radius = sign * angle / math.pi
-    points = radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1)
+    points: _Array = radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1)
     return points + 0.1 * generator.standard_normal((n, 2))
 
 

@@ -144,7 +144,7 @@ class SpiralDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[SpiralSet]:
         """Batches of `SpiralSet` in random order."""
         size = min(self.batch_size, self.count)
-        sampler: Sampler[object] = ShuffledBatches(self.count, size, self.seed)  # type: ignore[assignment]
+        sampler: Sampler[object] = ShuffledBatches(self.count, size, self.seed)
         return DataLoader(
             _Batches(self.train), sampler=sampler, batch_size=None, generator=torch.Generator()
         )
