@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -183,8 +183,10 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             generator.seed()
         else:
             generator.manual_seed(seed)
-        pairs = [observed] if isinstance(observed, tuple) else observed
-        return [self._extrapolate(*pair, wanted, draws, generator) for pair in pairs]
+        pairs = [cast(Observed, observed)] if isinstance(observed, tuple) else list(observed)
+        return [
+            self._extrapolate(times, values, wanted, draws, generator) for times, values in pairs
+        ]
 
     def _extrapolate(
         self,

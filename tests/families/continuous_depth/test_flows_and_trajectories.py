@@ -95,6 +95,7 @@ def test_hutchinsons_estimate_is_exact_in_the_mean_over_all_signs() -> None:
     """In the limit of one small step the log-density is linear in the trace."""
     steps = SolverConfig(method="euler", steps=1)
     exact, estimated = flow(solver=steps), flow(solver=steps, trace="hutchinson")
+    estimated.load_state_dict(exact.state_dict())
     x, c = torch.randn(6, 2, dtype=torch.float64), one_hot(0, 6)
     found = [
         estimated.log_prob(x, c, torch.tensor(signs, dtype=torch.float64).expand(6, 2))
