@@ -73,13 +73,16 @@ class ODEResNetConfig:
     """Basis functions of theta(t); 1: the same weights at all times."""
     basis: BasisName = "piecewise_constant"
     """See `basis_weights`."""
+    groups: int = 8
+    """Groups of channels that are normalised together, at most; their number divides the channels.
+    As many groups as channels would take away the mean of each."""
     dropout: float = 0.0
     """On the features before the head."""
     solver: SolverConfig = _SOLVER
     """How the network was trained; `network.solver`, `.steps` and `.tolerance` choose another."""
 
     def __post_init__(self) -> None:
-        for field in ("num_classes", "in_channels", "residual_blocks", "nodes"):
+        for field in ("num_classes", "in_channels", "residual_blocks", "nodes", "groups"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if not self.widths or min(self.widths) < 1:
@@ -98,6 +101,7 @@ _PUBLISHED: dict[str, Any] = {
     "widths": (64,),
     "body_from": 0,
     "field": "time_channel",
+    "groups": 32,
     "solver": SolverConfig(method="dopri5", tolerance=1e-3, gradient="adjoint"),
 }
 
@@ -120,12 +124,10 @@ def ode_resnet_preset(name: str, **changes: Any) -> ODEResNetConfig:
     return dataclasses.replace(ODE_RESNET_PRESETS[name], **changes)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    """As many groups as possible up to 32, at least two channels each where there are enough."""
-    groups = min(32, channels)
-    while channels % groups:
-        groups -= 1
-    return nn.GroupNorm(groups, channels)
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    """The largest number of groups up to `groups` that divides the channels."""
+    count = next(n for n in range(min(groups, channels), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(count, channels)
 
 
 class TimeChannelConv2d(nn.Module):
@@ -153,9 +155,9 @@ class TimeChannelConv2d(nn.Module):
 class TimeChannelField(nn.Module):
     """The published right-hand side: norm, ReLU, convolution, twice, and a norm at the end."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int = 32) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (_norm(channels) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (_norm(channels, groups) for _ in range(3))
         self.conv1 = TimeChannelConv2d(channels, channels)
         self.conv2 = TimeChannelConv2d(channels, channels)
 
@@ -173,9 +175,11 @@ class BasisField(nn.Module):
     The last convolution starts at zero, so that the flow starts as the identity.
     """
 
-    def __init__(self, channels: int, hidden: int, nodes: int, basis: BasisName) -> None:
+    def __init__(
+        self, channels: int, hidden: int, nodes: int, basis: BasisName, groups: int = 8
+    ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _norm(channels), _norm(hidden)
+        self.norm1, self.norm2 = _norm(channels, groups), _norm(hidden, groups)
         self.conv1 = TimeVaryingConv2d(channels, hidden, nodes=nodes, basis=basis)
         self.conv2 = TimeVaryingConv2d(hidden, channels, nodes=nodes, basis=basis)
         nn.init.zeros_(self.conv2.weight)
@@ -196,14 +200,21 @@ class ResidualBlock(nn.Module):
             or the stride is not 1.
         hidden: channels between the two convolutions; 0: `out_channels`.
         stride: of the first convolution and the shortcut.
+        groups: of normalisation, at most.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, hidden: int = 0, stride: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        hidden: int = 0,
+        stride: int = 1,
+        groups: int = 8,
     ) -> None:
         super().__init__()
         hidden = hidden or out_channels
-        self.norm1, self.norm2 = _norm(in_channels), _norm(hidden)
+        self.norm1, self.norm2 = _norm(in_channels, groups), _norm(hidden, groups)
         self.conv1 = nn.Conv2d(in_channels, hidden, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(hidden, out_channels, 3, padding=1, bias=False)
         self.shortcut: nn.Module | None = None
@@ -221,9 +232,9 @@ class ResidualBlock(nn.Module):
 class Transition(nn.Module):
     """Norm, ReLU and a 3x3 convolution of stride 2."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = _norm(in_channels)
+        self.norm = _norm(in_channels, groups)
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,12 +258,12 @@ class ODEResNet(SolverKnob, nn.Module):
             if index:
                 narrow = config.widths[index - 1]
                 if config.transition == "conv":
-                    self.blocks.append(Transition(narrow, width))
+                    self.blocks.append(Transition(narrow, width, config.groups))
                 else:
-                    self.blocks.append(ResidualBlock(narrow, width, stride=2))
+                    self.blocks.append(ResidualBlock(narrow, width, stride=2, groups=config.groups))
             if index >= config.body_from:
                 self.blocks.extend(_body(config, width))
-        self.norm = _norm(config.widths[-1])
+        self.norm = _norm(config.widths[-1], config.groups)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.widths[-1], config.num_classes)
 
@@ -304,18 +315,18 @@ def _stem(config: ODEResNetConfig) -> nn.Module:
     if config.stem == "published_conv":
         return nn.Sequential(
             nn.Conv2d(channels, width, 3),
-            _norm(width),
+            _norm(width, config.groups),
             nn.ReLU(),
             nn.Conv2d(width, width, 4, stride=2, padding=1),
-            _norm(width),
+            _norm(width, config.groups),
             nn.ReLU(),
             nn.Conv2d(width, width, 4, stride=2, padding=1),
         )
     if config.stem == "published_residual":
         return nn.Sequential(
             nn.Conv2d(channels, width, 3),
-            ResidualBlock(width, width, stride=2),
-            ResidualBlock(width, width, stride=2),
+            ResidualBlock(width, width, stride=2, groups=config.groups),
+            ResidualBlock(width, width, stride=2, groups=config.groups),
         )
     if config.stem == "plain":
         return nn.Conv2d(channels, width, 3, padding=1)
@@ -327,10 +338,13 @@ def _body(config: ODEResNetConfig, width: int) -> list[nn.Module]:
     if config.body == "none":
         return []
     if config.body == "residual":
-        return [ResidualBlock(width, width, hidden=hidden) for _ in range(config.residual_blocks)]
+        return [
+            ResidualBlock(width, width, hidden=hidden, groups=config.groups)
+            for _ in range(config.residual_blocks)
+        ]
     field: nn.Module
     if config.field == "time_channel":
-        field = TimeChannelField(width)
+        field = TimeChannelField(width, config.groups)
     else:
-        field = BasisField(width, hidden, config.nodes, config.basis)
+        field = BasisField(width, hidden, config.nodes, config.basis, config.groups)
     return [ODEBlock(field, config.solver)]
