@@ -36,7 +36,7 @@ class Linear(nn.Module):
         return y @ self.a.T
 
 
-def block(a: Any, method: str = "rk4", steps: int = 32, end: float = 1.0) -> ODEBlock:
+def block(a: Any, method: str = "rk4", steps: int = 8, end: float = 1.0) -> ODEBlock:
     return ODEBlock(Linear(a), SolverConfig(method=method, steps=steps), (0.0, end))  # type: ignore[arg-type]
 
 
@@ -84,19 +84,19 @@ def test_gain_and_extremes_are_those_of_linear_algebra() -> None:
 
 def test_exponents_of_a_linear_field_are_those_of_its_matrix_exponential() -> None:
     a, end = matrix(), 1.5
-    found = flow_exponents(block(a, steps=64, end=end), states(), 4, rounds=60)
+    found = flow_exponents(block(a, steps=24, end=end), states(), 4, rounds=2)
     singular = torch.linalg.svdvals(torch.from_numpy(expm(end * a.numpy())))
     expected = singular.log() / end
     for row in found:
-        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_rotation_has_no_exponents_and_euler_blows_it_up() -> None:
     speed, steps = 3.0, 10
     a = [[0.0, -speed], [speed, 0.0]]
-    exact = flow_exponents(block(a, steps=64), states(2, 2), 2)
-    torch.testing.assert_close(exact, torch.zeros(2, 2).to(exact), atol=1e-4, rtol=0)
-    euler = flow_exponents(block(a, "euler", steps), states(2, 2), 2)
+    exact = flow_exponents(block(a, steps=16), states(2, 2), 2, rounds=2)
+    torch.testing.assert_close(exact, torch.zeros(2, 2).to(exact), atol=1e-3, rtol=0)
+    euler = flow_exponents(block(a, "euler", steps), states(2, 2), 2, rounds=2)
     gain = (1 + (speed / steps) ** 2) ** (steps / 2)
     torch.testing.assert_close(euler, torch.full((2, 2), math.log(gain)).to(euler))
     assert float(field_extremes(block(a), 0.0, states(2, 2))[1].abs().max()) < 1e-9
@@ -145,7 +145,7 @@ def test_a_mild_flow_raises_no_alarm() -> None:
         ([[8.0, 0.0], [0.0, 7.0]], "rk4", 16, "largest exponent times duration is 8.0, above 5"),
         ([[8.0, 0.0], [0.0, 7.0]], "rk4", 16, "grows exponentially with depth"),
         ([[8.0, 0.0], [0.0, 7.0]], "euler", 16, "spectral radius of a step above 1.1"),
-        ([[-8.0, 0.0], [0.0, -8.0]], "rk4", 64, "no adjoint"),
+        ([[-8.0, 0.0], [0.0, -8.0]], "rk4", 16, "no adjoint"),
         ([[-3.0, 0.0], [0.0, -3.0]], "euler", 8, "integrating back misses the start"),
     ],
 )
