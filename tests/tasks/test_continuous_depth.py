@@ -93,13 +93,13 @@ def test_the_solver_comes_with_the_weight_and_the_knob_changes_it(run: training.
     tight = model.predict(images)
     assert model.nfe > 8
     model.solver = "rk4"
-    model.steps = 4
-    assert model.nfe == 16
+    model.steps = 32
+    assert model.nfe == 128
     fixed = model.predict(images)
-    assert model.nfe == 16
+    assert model.nfe == 128
     for one, other in zip(fixed, tight, strict=True):
         assert one.classes == other.classes
-        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-3)
     assert len(before) == 2
     overridden = checkpoints.load(run.checkpoint, solver={"method": "euler", "steps": 2})
     assert (overridden.solver, overridden.nfe) == ("euler", 2)
@@ -111,7 +111,7 @@ def test_the_solver_comes_with_the_weight_and_the_knob_changes_it(run: training.
         ("solver", "rk5", "no solver 'rk5'.*There are: euler"),
         ("steps", 0, "at least 1, got 0"),
         ("tolerance", -1.0, "must be positive"),
-        ("gradient_mode", "no", "choose 'discrete'"),
+        ("gradient_mode", "no", "gradient must be one of 'discrete'"),
     ],
 )
 def test_a_wrong_knob_is_one_line(attribute: str, value: Any, message: str) -> None:

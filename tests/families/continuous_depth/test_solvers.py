@@ -371,6 +371,8 @@ def test_fixed_steps_are_one_graph_export_and_transform(method: Any) -> None:
         ({"tolerance": 0.0}, "tolerance must be positive, got 0.0"),
         ({"tolerance": -1e-3}, "tolerance must be positive"),
         ({"tolerance": math.nan}, "tolerance must be positive"),
+        ({"gradient": "exact"}, "gradient must be one of 'discrete', 'checkpoint', 'adjoint'"),
+        ({"error_control": "no"}, "error_control must be one of 'batch'.*got 'no'"),
         ({"max_nfe": 0}, "max_nfe must be at least 1"),
         ({"method": "dopri5", "gradient": "checkpoint"}, "needs a solver of fixed steps"),
     ],

@@ -126,10 +126,6 @@ class SolverKnob:
 
     @gradient_mode.setter
     def gradient_mode(self, mode: Any) -> None:
-        if mode not in ("discrete", "checkpoint", "adjoint"):
-            raise ValueError(
-                f"no gradient mode {mode!r}; choose 'discrete', 'checkpoint' or 'adjoint'"
-            )
         self._set(gradient=mode)
 
     @property

@@ -54,6 +54,9 @@ Field = Callable[[float, Tensor], Tensor]
 MethodName = Literal[
     "euler", "midpoint", "rk4", "low_storage_rk3", "dopri5", "adaptive_heun", "implicit_adams"
 ]
+GradientMode = Literal["discrete", "checkpoint", "adjoint"]
+ErrorControl = Literal["batch", "worst_sample", "each_sample"]
+
 METHODS: tuple[str, ...] = get_args(MethodName)
 """Names of all solvers; those of torchdiffeq have its names."""
 
@@ -84,11 +87,11 @@ class SolverConfig:
     """Equal steps per interval between two requested times; not used by adaptive solvers."""
     tolerance: float = 1e-3
     """Relative and absolute tolerance of the local error; not used by our fixed-step solvers."""
-    gradient: Literal["discrete", "checkpoint", "adjoint"] = "discrete"
+    gradient: GradientMode = "discrete"
     """"discrete": through the steps, exact. "checkpoint": likewise, but only the state at each
     step is stored, and stages are computed again. "adjoint": an ODE solved back in time (arXiv:
     1806.07366, appendix B), which stores the requested states only and is not exact."""
-    error_control: Literal["batch", "worst_sample", "each_sample"] = "batch"
+    error_control: ErrorControl = "batch"
     """Adaptive solvers: the error is averaged over the batch; is that of its worst sample (steps
     are shared); or each sample is solved alone, which alone makes its result independent of the
     rest of the batch."""
@@ -101,6 +104,12 @@ class SolverConfig:
                 f"no solver {self.method!r}.{nearest(str(self.method), METHODS)} "
                 f"There are: {', '.join(METHODS)}"
             )
+        for field, choices in (("gradient", GradientMode), ("error_control", ErrorControl)):
+            if getattr(self, field) not in get_args(choices):
+                raise ValueError(
+                    f"{field} must be one of {', '.join(map(repr, get_args(choices)))}, "
+                    f"got {getattr(self, field)!r}"
+                )
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"steps must be an integer of at least 1, got {self.steps!r}")
         if not (self.tolerance > 0 and math.isfinite(self.tolerance)):
