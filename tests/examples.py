@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.families.continuous_depth.trajectories import HORIZON
 from zoo.registry import architecture_of
 
-__all__ = ["Example", "example", "first_tensor"]
+__all__ = ["Example", "example", "first_tensor", "give_preprocessing"]
 
 
 class Example(NamedTuple):
@@ -30,6 +30,27 @@ def example(module: Any) -> Example:
     task = architecture_of(type(module)).task
     assert task in _EXAMPLES, f"add an example of {task!r} to tests/examples.py"
     return _EXAMPLES[task](module)
+
+
+def give_preprocessing(module: Any) -> None:
+    """Tell a module that was not trained what its input is, where its task wants that."""
+    if module.preprocessing_config is None or module.preprocessing is not None:
+        return
+    task, config = architecture_of(type(module)).task, module.config
+    if task == "recommendation":
+        module.preprocessing = module.preprocessing_config(
+            users=tuple(str(user) for user in range(config.num_users)),
+            items=tuple(str(item) for item in range(config.num_items)),
+            scale=(1.0, 5.0),
+        )
+    elif task == "image-pair-classification":
+        module.preprocessing = module.preprocessing_config(
+            size=(config.size, config.size),
+            channels=config.in_channels,
+            mean=(0.2,),
+            std=(0.3,),
+            classes=tuple(str(index) for index in range(config.num_classes)),
+        )
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -71,10 +92,32 @@ def _densities(module: Any) -> Example:
     return Example((points, condition), (2,), points)
 
 
+def _pairs(module: Any) -> Example:
+    users, items = torch.tensor([1, 2]), torch.tensor([3, 0])
+    known = module.preprocessing
+    asked = [] if known is None else [(known.users[1], known.items[3]), (known.users[2], "0")]
+    return Example((users, items), (2, len(module.config.tasks)), asked)
+
+
+def _canvases(module: Any) -> Example:
+    size = module.config.size
+    pixels = (torch.arange(2 * size * size).double() * 0.7).sin().float().view(2, 1, size, size)
+    shape = (2, module.config.num_tasks, module.config.num_classes)
+    return Example((pixels,), shape, pixels.abs())
+
+
+def _regression(module: Any) -> Example:
+    x = (torch.arange(2 * module.config.in_features).double() * 0.7).sin().float().view(2, -1)
+    return Example((x,), (2, module.config.num_tasks), x)
+
+
 _EXAMPLES: dict[str, Callable[[Any], Example]] = {
     "language-modeling": _text,
     "image-classification": _images,
     "trajectory-forecasting": _trajectories,
     "density-estimation": _densities,
+    "recommendation": _pairs,
+    "image-pair-classification": _canvases,
+    "expert-recovery": _regression,
 }
 """Task -> its example, for a given module."""

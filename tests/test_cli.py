@@ -87,7 +87,7 @@ class Shelf:
         """Steps 5 to 7 of CONTRIBUTING.md."""
         trained = self.folder / "run"
         for step, *words in (
-            ("fit", "fit", NAME, "--out", trained),
+            ("fit", "fit", NAME, "trainer.log_every_n_steps=1", "--out", trained),
             ("convert", "convert", trained / "last.ckpt", self.pretrained, "--dtype", "float16"),
             ("record", "evaluate", self.pretrained, "--record", "--run", trained, "--json"),
             ("controls", "controls", NAME, "--seeds", 1, 2, "--out", self.folder / "controls",

@@ -119,7 +119,7 @@ def test_a_command_runs(document: str, command: str, at_hand: Path) -> None:
         return
     if words[1] == "fit":
         recipe = read_recipe(words[2])
-        words += SHRUNK[recipe.architecture] + LESS_DATA.get(recipe.data, [])
+        words += SHRUNK[recipe.architecture] + LESS_DATA[recipe.data]
     if words[1] == "generate" and "checkpoint" in words[2]:
         recipe = "cached-transformer-lm.tiny-shakespeare"  # what the snippet before has trained
         mine = ["data.path=my.txt", *SHRUNK["cached-transformer-lm"], "--out", "runs/mine"]

@@ -137,3 +137,14 @@ def test_without_matplotlib(
 def test_a_run_that_logged_something_else(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"The run logged no train_loss; there is: other\."):
         figures._loss_curves({"other": [(0, 1.0)]}, tmp_path / "loss.png")
+
+
+def test_expert_usage_is_the_logged_weights_in_order_of_experts() -> None:
+    metrics = {f"usage_watch_{i}": [(5, i / 66), (9, (11 - i) / 66)] for i in range(12)}
+    metrics["usage_rate_0"] = [(5, 1.0)]
+    steps, rows = figures.expert_usage(metrics, "watch")
+    assert steps == [5, 9]
+    assert rows[0] == [i / 66 for i in range(12)], "10 comes after 9, not after 1"
+    assert rows[1] == [(11 - i) / 66 for i in range(12)]
+    with pytest.raises(ZooError, match="logged no use of experts for buy"):
+        figures.expert_usage(metrics, "buy")

@@ -14,7 +14,7 @@ from tiny import SHRUNK
 from torch import Tensor, nn
 
 import zoo
-from tests.examples import example, first_tensor
+from tests.examples import example, first_tensor, give_preprocessing
 from zoo import cards, checkpoints, training
 from zoo.configs import build, to_json
 from zoo.errors import ConfigError
@@ -28,10 +28,11 @@ BUILT_IN = [name for name, entry in ARCHITECTURES.items() if entry.module.starts
 def shrunk(name: str) -> Any:
     """A small module of an architecture, every parameter random, from the first of its recipes."""
     assert name in SHRUNK, f"add overrides for {name!r} to tests/tiny.py"
-    for path in sorted(cards.shipped_folder("recipes").glob("*.yaml")):
+    for path in sorted(cards.shipped_folder("recipes").rglob("*.yaml")):
         if training.read_recipe(path).architecture == name:
             recipe = training.read_recipe(path, SHRUNK[name])
             module = training.instantiate(recipe, logger=False, callbacks=[]).model
+            give_preprocessing(module)
             return randomised(module)
     raise AssertionError(f"there is no recipe for {name!r}")
 

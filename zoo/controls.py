@@ -145,7 +145,7 @@ def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence
     )
     done = training.fit(seeded, out=folder, resume=True)
     measured = {}
-    for protocol in done.module.protocols:
+    for protocol in done.module.protocols_on(done.datamodule):
         measurement = done.module.measure(done.datamodule, protocol)
         measured[protocol] = {
             "metric": measurement.metric,
@@ -161,7 +161,8 @@ def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence
 def _protocols(recipe: training.Recipe) -> list[str]:
     from zoo.registry import architecture
 
-    return list(architecture(recipe.architecture).module_class().protocols)
+    module_class = architecture(recipe.architecture).module_class()
+    return list(module_class.protocols_on(training.data_module(recipe)))
 
 
 def _load_arm(recipe: training.Recipe, seeds: Sequence[int], folder: Path, protocol: str) -> _Arm:

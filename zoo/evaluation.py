@@ -202,7 +202,7 @@ def evaluate_module(
     """
     module.eval()
     outcomes = []
-    for protocol in protocols or module.protocols:
+    for protocol in protocols or module.protocols_on(datamodule):
         measurement = module.measure(datamodule, protocol)
         interval, method = _interval(measurement)
         outcomes.append(

@@ -16,7 +16,7 @@ from zoo import checkpoints, evaluation, hub, training
 from zoo.cards import Card
 from zoo.errors import DataError, ZooError
 
-__all__ = ["draw", "losses_by_position", "read_metrics"]
+__all__ = ["draw", "expert_usage", "losses_by_position", "read_metrics"]
 
 _WINDOW = 10
 
@@ -257,11 +257,43 @@ def _densities(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[P
     return paths
 
 
+def expert_usage(metrics: Metrics, task: str) -> tuple[list[int], list[list[float]]]:
+    """Steps, and at each step the mean weight of each expert for a task.
+
+    Raises:
+        ZooError: none was logged.
+    """
+    names = sorted(
+        (name for name in metrics if name.startswith(f"usage_{task}_")),
+        key=lambda name: int(name.rpartition("_")[2]),
+    )
+    if not names:
+        raise ZooError(f"The run logged no use of experts for {task}.")
+    steps = [step for step, _ in metrics[names[0]]]
+    series = [[value for _, value in metrics[name]] for name in names]
+    return steps, [list(row) for row in zip(*series, strict=True)]
+
+
+def _experts(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    paths = []
+    for task in module.task_names:
+        steps, rows = expert_usage(metrics, task)
+        path = out / f"experts-{task}.png"
+        with _figure(path) as axes:
+            labels = [f"{index}" for index in range(len(rows[0]))]
+            axes.stackplot(steps, *zip(*rows, strict=True), labels=labels)
+            axes.set(xlabel="step", ylabel=f"weight of experts, {task}", ylim=(0, 1))
+            axes.legend(frameon=False, title="expert", loc="upper left", bbox_to_anchor=(1, 1))
+        paths.append(path)
+    return paths
+
+
 Drawer = Callable[[Any, Path, Metrics, Path], list[Path]]
 
 _LOSS: dict[str, tuple[str, str]] = {
     "density-estimation": ("nats per point", "test points"),
     "language-modeling": ("nats per character", "validation (blocks)"),
+    "recommendation": ("weighed loss of both tasks", "validation, one drawn item for each rated"),
     "trajectory-forecasting": ("nats per observation", "test spirals"),
 }
 """Task -> unit of the loss, and what it is validated on."""
@@ -269,7 +301,9 @@ _LOSS: dict[str, tuple[str, str]] = {
 _DRAWERS: dict[str, tuple[Drawer, ...]] = {
     "density-estimation": (_densities,),
     "image-classification": (_accuracy, _solvers),
+    "image-pair-classification": (_experts,),
     "language-modeling": (_language_model,),
+    "recommendation": (_experts,),
     "trajectory-forecasting": (_trajectories,),
 }
 """Task -> what draws its further figures, of module, checkpoint folder, metrics, output folder."""

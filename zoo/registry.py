@@ -73,6 +73,30 @@ _architectures = {
             task="density-estimation",
             module="zoo.tasks.density:DensityModel",
         ),
+        Architecture(
+            name="dselect-k-recommender",
+            family="dselect-k",
+            task="recommendation",
+            module="zoo.tasks.recommendation:Recommender",
+        ),
+        Architecture(
+            name="factorisation-recommender",
+            family="dselect-k",
+            task="recommendation",
+            module="zoo.tasks.recommendation:FactorisationRecommender",
+        ),
+        Architecture(
+            name="dselect-k-moe",
+            family="dselect-k",
+            task="image-pair-classification",
+            module="zoo.tasks.image_pairs:ImagePairClassifier",
+        ),
+        Architecture(
+            name="dselect-k-recovery",
+            family="dselect-k",
+            task="expert-recovery",
+            module="zoo.tasks.expert_recovery:ExpertRecovery",
+        ),
     ]
 }
 

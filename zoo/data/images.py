@@ -95,7 +95,7 @@ class ImagePreprocessing:
         unit = 255.0 if images.dtype == torch.uint8 else 1.0
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        return images.float().mul_(1.0 / (unit * std)).sub_(mean / std)
+        return images.to(torch.float32, copy=True).mul_(1.0 / (unit * std)).sub_(mean / std)
 
 
 # --- readers --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -79,6 +80,8 @@ def build_optimizer(
     """
     import timm.optim  # here, since it imports all models of timm, and most users only load
 
+    if config.name == "muon" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _orthogonalise_in_float32()
     optimizer = timm.optim.create_optimizer_v2(
         network,
         opt=config.name,
@@ -92,3 +95,16 @@ def build_optimizer(
         optimizer, lambda step: schedule_factor(config, step, total_steps)
     )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _orthogonalise_in_float32() -> None:
+    """Let timm's Muon do its products in float32, where bfloat16 would be emulated.
+
+    timm computes them in bfloat16 and has no option for it. On a processor without such
+    arithmetic that took more than half of a training step.
+    """
+    import timm.optim.muon as muon
+
+    function = muon.zeropower_via_newtonschulz
+    if not isinstance(function, functools.partial):
+        muon.zeropower_via_newtonschulz = functools.partial(function, dtype=torch.float32)

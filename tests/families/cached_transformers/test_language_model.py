@@ -113,16 +113,14 @@ def naive_recurrent(
 ) -> reference.Array:
     """Attention over all of the text, to the own segment and `memory_length` tokens before it."""
     memory = config.memory_length if config.memory == "xl" else 0
-    padded = np.concatenate((np.zeros((memory, x.shape[1])), x))
-    positions = list(range(len(padded)))
+    positions = list(range(len(x)))
 
     def sees(i: int, j: int) -> bool:
-        # In padded positions the memory of a segment starts where the segment does in the text.
-        return (i - memory) // config.segment * config.segment <= j <= i
+        return i // config.segment * config.segment - memory <= j <= i
 
     y = reference.multi_head(
-        padded,
-        padded,
+        x,
+        x,
         config.num_heads,
         weights,
         sees=sees,
@@ -131,7 +129,7 @@ def naive_recurrent(
         key_positions=positions,
         base=config.rotary_base,
     )
-    return y[memory:]
+    return y
 
 
 @pytest.mark.parametrize("length", [SEGMENT, 3 * SEGMENT + 2])
