@@ -452,7 +452,7 @@ class _Watched(nn.Module):
         # In a tuple, so that its parameters are not found here: torchdiffeq gets them from us.
         self._field, self._solver, self.statistics = (field,), solver, statistics
         self.is_backward, self.last_time = False, start
-        self.last_state: Tensor | None = None
+        self.broken: tuple[int, float] | None = None
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         statistics, cap = self.statistics, self._solver.max_nfe
@@ -468,13 +468,16 @@ class _Watched(nn.Module):
         else:
             statistics.nfe += 1
         slope = self._field[0](float(t.detach()), y)
-        self.last_state = slope.detach()
+        if self.broken is None and (sample := _non_finite_sample(slope.detach())) is not None:
+            self.broken = sample, float(t.detach())
         return slope
 
     # torchdiffeq calls these with the time before a step, and warns of callbacks without use.
 
     def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
         self.last_time = float(t)
+        if torch.isfinite(dt):  # else a broken sample has spoilt the step of all
+            self.broken = None
 
     callback_step_adjoint = callback_step
 
@@ -489,9 +492,18 @@ class _WatchedSteps(_Watched):
         self.statistics.rejected += 1
 
 
+# The norms are detached: torchdiffeq would else differentiate its choice of the step size, of which
+# only half arrives here, since fields take the time as a number.
+
+
+def _mean_sample(error: Tensor) -> Tensor:
+    """Root mean square over all of a state, as torchdiffeq has it, B x S to a scalar."""
+    return error.detach().abs().square().mean().sqrt()
+
+
 def _worst_sample(error: Tensor) -> Tensor:
     """Largest root mean square over the samples of a state, B x S to a scalar."""
-    return error.abs().square().reshape(len(error), -1).mean(1).sqrt().max()
+    return error.detach().abs().square().reshape(len(error), -1).mean(1).sqrt().max()
 
 
 def _solve_adaptive(
@@ -509,8 +521,8 @@ def _solve_adaptive(
     options: dict[str, Any] = {}
     if solver.method in ADAPTIVE_METHODS:
         watched = _WatchedSteps(field, times[0], solver, statistics)
-        if solver.error_control == "worst_sample":
-            options["norm"] = _worst_sample
+        worst = solver.error_control == "worst_sample"
+        options["norm"] = _worst_sample if worst else _mean_sample
     else:
         options["grid_constructor"] = functools.partial(_grid, solver.steps)
         statistics.accepted = solver.steps * (len(times) - 1)
@@ -542,9 +554,11 @@ def _grid(steps: int, field: Field, y: Tensor, times: Tensor) -> Tensor:
 def _underflow(watched: _Watched, solver: SolverConfig, error: AssertionError) -> SolverError:
     """What torchdiffeq's assertion on the step size means."""
     where = f"after time {watched.last_time:.6g}"
-    bad = _non_finite_sample(watched.last_state)
-    if bad is not None:
-        return SolverError(f"{solver.method}: the state of sample {bad} is not finite {where}.")
+    if watched.broken is not None:
+        sample, time = watched.broken
+        return SolverError(
+            f"{solver.method}: the state of sample {sample} is not finite {where} (at {time:.6g})."
+        )
     return SolverError(
         f"{solver.method}: the step size underflows {where} ({error}); the problem is stiff there, "
         f"loosen the tolerance {solver.tolerance:g} or take another solver."
