@@ -358,6 +358,21 @@ def test_a_flow_is_diagnosed_density_by_density() -> None:
         assert block(points).shape == (20, 2)
 
 
+# -------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("make", [classifier, densities])
+def test_fixed_steps_are_exported_and_adaptive_ones_refused(make: Any, tmp_path: Path) -> None:
+    from zoo import exporting
+
+    model = make()
+    exported = exporting.export_module(model, tmp_path / "x.pt2", "torch-export")
+    assert exported.path.is_file()
+    model.solver = "dopri5"
+    with pytest.raises(ConfigError, match="chooses its steps while it runs"):
+        exporting.export_module(model, tmp_path / "y.pt2", "torch-export")
+
+
 # ------------------------------------------------------------------------------------- figures
 
 

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from zoo.configs import to_json
 from zoo.data.images import ImageBatch, ImageDataModule
 from zoo.errors import ConfigError, SolverError
-from zoo.families.continuous_depth import ODEBlock, ODEResNet, ODEResNetConfig, SolverKnob
+from zoo.families.continuous_depth import (
+    FIXED_METHODS,
+    ODEBlock,
+    ODEResNet,
+    ODEResNetConfig,
+    SolverKnob,
+)
 from zoo.families.continuous_depth.diagnostics import diagnose_block, input_lipschitz
 from zoo.progress import track
-from zoo.tasks.base import ZooModule
+from zoo.tasks.base import Exportable, ZooModule
 from zoo.tasks.image_classification import ImageClassifier
 
 __all__ = ["ODEResNetClassifier", "TaskSolverKnob"]
@@ -67,6 +73,19 @@ class TaskSolverKnob(SolverKnob):
         finally:
             for block, solver in before:
                 block.solver = solver
+
+    def check_exportable(self) -> None:
+        """Refuse what cannot be a fixed program.
+
+        Raises:
+            ConfigError: a solver chooses its steps while it runs.
+        """
+        solver = self.ode_blocks()[0].solver
+        if not solver.is_fixed:
+            raise ConfigError(
+                f"{solver.method} chooses its steps while it runs, and cannot be exported: choose "
+                f"another solver first, one of {', '.join(FIXED_METHODS)}."
+            )
 
     # ------------------------------------------------------------- diagnostics
 
@@ -172,6 +191,16 @@ class ODEResNetClassifier(TaskSolverKnob, ImageClassifier):
     def on_after_backward(self) -> None:
         if self.config.body == "ode":
             self.log("nfe_backward", float(self.network.nfe_backward))
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """As of every classifier; solvers of fixed steps only.
+
+        Raises:
+            ConfigError: the solver chooses its steps while it runs, or there is no preprocessing.
+        """
+        if self.config.body == "ode":
+            self.check_exportable()
+        return super().exportable(batch, generator)
 
     def _diagnosed_images(self, datamodule: ImageDataModule) -> Tensor:
         datamodule.setup("test")

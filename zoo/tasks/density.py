@@ -19,7 +19,7 @@ from zoo.families.continuous_depth.flows import (
     build_flow,
 )
 from zoo.progress import track
-from zoo.tasks.base import Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
 from zoo.tasks.continuous_depth import TaskSolverKnob
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -88,6 +88,25 @@ class DensityModel(TaskSolverKnob, ZooModule):
         """Multiply-accumulates per point of drawing it."""
         return count_macs(
             _Transform(self.network), batch.points[:1], self._condition(batch.which[:1])
+        )
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Points B x 2, and B x K ones and zeros that say which density they are of, in;
+        log-densities out. Solvers of fixed steps only.
+
+        Raises:
+            ConfigError: the solver chooses its steps while it runs.
+        """
+        if self.config.kind == "continuous":
+            self.check_exportable()
+        which = torch.arange(batch) % len(DENSITIES)
+        return Exportable(
+            network=_LogDensity(self.network),
+            inputs={
+                "points": torch.randn(batch, 2, generator=generator),
+                "condition": self._condition(which),
+            },
+            outputs=("log_density",),
         )
 
     @torch.no_grad()
@@ -194,6 +213,17 @@ class _Transform(torch.nn.Module):
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         return self.network.transform(z, condition)
+
+
+class _LogDensity(torch.nn.Module):
+    """`log_prob` with a tuple for its result, as exported programs have it."""
+
+    def __init__(self, network: ContinuousFlow | CouplingFlow) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, points: Tensor, condition: Tensor) -> tuple[Tensor]:
+        return (self.network.log_prob(points, condition),)
 
 
 def _check_name(density: str) -> None:
