@@ -76,6 +76,14 @@ _IMAGES = [
     "model.network.in_channels=3",
 ]
 
+_ODE_RESNET = [
+    "model.network.num_classes=2",
+    "model.network.in_channels=1",
+    "model.network.widths=[4, 6]",
+    "model.network.body_from=0",
+    "data.batch_size=8",
+]
+
 SHRUNK: dict[str, list[str]] = {
     "cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL],
     "dselect-k-recommender": [
@@ -98,6 +106,9 @@ SHRUNK: dict[str, list[str]] = {
     "sau-shufflenet-v2-x0-5": [*_TRAINER, *_IMAGES],
     "sau-shufflenet-v2-x1": [*_TRAINER, *_IMAGES],
     "sau-shufflenet-v2-x2": [*_TRAINER, *_IMAGES],
+    "ode-resnet": [*_TRAINER, *_ODE_RESNET],
+    "latent-ode": [*_TRAINER, "model.network.hidden=4", "trainer.check_val_every_n_epoch=1"],
+    "continuous-flow": [*_TRAINER, "model.network.hidden=6"],
 }
 """Architecture -> overrides that make a second's training of any of its recipes."""
 
@@ -128,6 +139,11 @@ class _LessData(dict[str, list[str]]):
         folder = Path(tempfile.mkdtemp(prefix="zoo-tests-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         self[data] = {
+            "images": lambda: [
+                f"data.path={write_pictures(folder)}",
+                f"data.size=[{_PICTURE}, {_PICTURE}]",
+                "data.channels=1",
+            ],
             "ratings": lambda: [f"data.path={write_ratings(folder)}"],
             "image-pairs": lambda: [
                 f"data.path={write_pictures(folder)}",
@@ -138,7 +154,13 @@ class _LessData(dict[str, list[str]]):
         return self[data]
 
 
-LESS_DATA = _LessData({"text": ["data.validation_fraction=0.01"]})
+LESS_DATA = _LessData(
+    {
+        "text": ["data.validation_fraction=0.01"],
+        "spirals": ["data.count=8", "data.batch_size=4"],
+        "densities": ["data.batch_size=12", "data.steps=4", "data.test_points=20"],
+    }
+)
 """Data module -> overrides that leave little to train and measure on."""
 
 

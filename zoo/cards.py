@@ -161,6 +161,8 @@ class Measurements:
     controls: tuple[Control, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the training was and cost; plain JSON."""
+    diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Figures on robustness that `zoo evaluate --diagnose` computed; plain JSON."""
 
     def __post_init__(self) -> None:
         primary = sum(result.primary for result in self.results)

@@ -161,6 +161,7 @@ def _parser() -> _Parser:
     sub.add_argument(
         "--run", dest="run_folder", help="with --record: run folder that the weight comes from"
     )
+    sub.add_argument("--diagnose", action="store_true", help="also figures on robustness")
     sub.add_argument("--commit", help="with --record: commit that trained it, if the run lacks it")
     sub.add_argument(
         "--analog",
@@ -513,10 +514,18 @@ def _show(evaluation: Evaluation, as_json: bool) -> int:
             }
         )
     if as_json:
-        _print_json({"name": evaluation.name, "passed": evaluation.passed, "outcomes": document})
+        shown = {"name": evaluation.name, "passed": evaluation.passed, "outcomes": document}
+        if evaluation.diagnostics is not None:
+            shown["diagnostics"] = evaluation.diagnostics
+        _print_json(shown)
     else:
         header = ["protocol", "metric", "value", "95 % interval", "n"]
         _table([*header, "recorded", "tolerance", "verdict"], rows)
+        if evaluation.diagnostics is not None:
+            for key, value in evaluation.diagnostics.items():
+                print(f"{key}:")
+                for line in value if isinstance(value, list) else [value]:
+                    print(f"  {json.dumps(line)}")
         print(f"{evaluation.name}: {evaluation.verdict}")
     return OK if evaluation.passed else FAILED
 
@@ -550,8 +559,18 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.beside or options.figures:
         raise ZooError("--beside and --figures go with --analog.")
     if options.record:
-        evaluation.record(options.name, run=options.run_folder, commit=options.commit)
-    result = evaluation.evaluate(options.name, options.data_dir, protocols=options.protocol)
+        evaluation.record(
+            options.name,
+            run=options.run_folder,
+            commit=options.commit,
+            diagnose=options.diagnose,
+        )
+    result = evaluation.evaluate(
+        options.name,
+        options.data_dir,
+        protocols=options.protocol,
+        diagnose=options.diagnose and not options.record,
+    )
     return _show(result, options.json)
 
 

@@ -56,6 +56,24 @@ _architectures = {
             module="zoo.tasks.language_modeling:LanguageModel",
         ),
         Architecture(
+            name="ode-resnet",
+            family="continuous-depth",
+            task="image-classification",
+            module="zoo.tasks.continuous_depth:ODEResNetClassifier",
+        ),
+        Architecture(
+            name="latent-ode",
+            family="continuous-depth",
+            task="trajectory-forecasting",
+            module="zoo.tasks.trajectories:TrajectoryModel",
+        ),
+        Architecture(
+            name="continuous-flow",
+            family="continuous-depth",
+            task="density-estimation",
+            module="zoo.tasks.density:DensityModel",
+        ),
+        Architecture(
             name="dselect-k-recommender",
             family="dselect-k",
             task="recommendation",

@@ -46,10 +46,12 @@ __all__ = [
 ]
 
 DATA_MODULES: dict[str, str] = {
+    "densities": "zoo.data.densities:DensityDataModule",
     "expert-recovery": "zoo.data.expert_recovery:ExpertRecoveryDataModule",
     "image-pairs": "zoo.data.image_pairs:ImagePairDataModule",
     "images": "zoo.data.images:ImageDataModule",
     "ratings": "zoo.data.ratings:RatingsDataModule",
+    "spirals": "zoo.data.spirals:SpiralDataModule",
     "text": "zoo.data.text:TextDataModule",
 }
 """Data modules that a recipe can name."""
