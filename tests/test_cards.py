@@ -35,7 +35,7 @@ def make_result(**changes: Any) -> Result:
     values: dict[str, Any] = {
         "metric": "accuracy",
         "value": 81.5,
-        "unit": "%",
+        "unit": "image",
         "n": 10_000,
         "interval": (80.7, 82.2),
         "interval_method": "Wilson",
@@ -71,7 +71,7 @@ def make_card(**changes: Any) -> Card:
             Reported(
                 metric="accuracy",
                 value=80.0,
-                unit="%",
+                unit="image",
                 source="Table 1",
                 evidence="verified",
                 difference="other augmentation",
@@ -82,7 +82,7 @@ def make_card(**changes: Any) -> Card:
         "parameters": 1234,
         "config": {"width": 2, "nested": {"rate": 1e-5}},
         "files": (FileRecord(name="config.json", size=3, sha256="a" * 64),),
-        "results": (make_result(), make_result(metric="loss", unit="nats", primary=False)),
+        "results": (make_result(), make_result(metric="loss", unit="image", primary=False)),
         "training": {"source_commit": "b" * 40},
         "body": BODY,
     }
@@ -272,7 +272,7 @@ def make_folder(folder: Path) -> None:
         parameters=1000,
         macs=2000,
         speed="3 images/s",
-        result=make_result(value=0.125, unit="nats", primary=False, cpu_minutes=7.6),
+        result=make_result(value=0.125, unit="image", primary=False, cpu_minutes=7.6),
         difference=0.5,
         difference_interval=(0.25, 0.75),
     )
@@ -320,11 +320,13 @@ def test_update_writes_every_computable_field(shelf: Path) -> None:
 def test_update_renders_the_tables(shelf: Path) -> None:
     make_folder(shelf / "pretrained" / "alpha.one")
     body = cards.update("alpha").body
-    assert "| accuracy (%) | **90.25** | 80.70 to 82.20 (95%, Wilson) | 10,000 | 1, 2, 3 |" in body
+    assert (
+        "| accuracy | **90.25** | 80.70 to 82.20 (95%, Wilson) | 10,000 images | 1, 2, 3 |" in body
+    )
     assert "whole \\| test set" in body
     assert "| without (`controls/alpha.one/without.yaml`) | no cache |" in body
     assert "| +0.5000 (+0.2500 to +0.7500) | 1,000 | 2,000 | 3 images/s | 8 |" in body
-    assert "| accuracy (%) | 80.00 | Table 1 | verified | other augmentation |" in body
+    assert "| accuracy | 80.00 | Table 1 | verified | other augmentation |" in body
     assert body.endswith("Limits: it is | tiny.\n")
 
 
@@ -382,7 +384,10 @@ def test_the_readme_table_has_a_line_for_each_card(shelf: Path) -> None:
     assert "old" not in text
     assert text.endswith("<!-- /zoo:models -->\nend\n")
     assert text.count("model_cards/") == 4
-    assert "| 81.50 % on fashion-mnist | 80.70 to 82.20 | 10,000 | 0.0 MB | apache-2.0 |" in text
+    assert (
+        "| 81.50 accuracy, fashion-mnist test | 80.70 to 82.20 | 10,000 images "
+        "| 0.0 MB | apache-2.0 |"
+    ) in text
 
 
 # --- the project's own cards ---------------------------------------------------------------------

@@ -70,17 +70,26 @@ class TinyNetwork(nn.Module):
         return out
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TinyPreprocessing:
+    scale: int
+
+    def __post_init__(self) -> None:
+        if self.scale < 1:
+            raise ValueError(f"scale must be at least 1, got {self.scale}")
+
+
 class TinyModule(ZooModule):
     network_config: ClassVar[type[Any]] = TinyConfig
+    preprocessing_config: ClassVar[type[Any] | None] = TinyPreprocessing
     head_parameters: ClassVar[tuple[str, ...]] = ("head.weight", "head.bias")
 
-    def __init__(self, network: TinyConfig) -> None:
+    def __init__(
+        self, network: TinyConfig, preprocessing: TinyPreprocessing = TinyPreprocessing(scale=2)
+    ) -> None:
         super().__init__(network, OptimizerConfig())
         self.network = TinyNetwork(network)
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        return {"scale": 2}
+        self.preprocessing = preprocessing
 
 
 TENSORS = (
@@ -553,8 +562,10 @@ def test_damaged_folders_raise_nothing_but_our_errors(
         ({"network": {"width": 0}}, "network: width must be at least 1, got 0"),
         ({"network": {"norm": {"_target_": "os.system"}}}, "norm: unknown key '_target_'"),
         ({"network": []}, "network: expected a mapping, got [] (list)"),
-        ({"preprocessing": {"scale": 3}}, "preprocessing is {'scale': 3}, but tiny does"),
-        ({"preprocessing": {}}, "preprocessing is {}, but tiny does {'scale': 2}"),
+        ({"preprocessing": {"scale": 0}}, "preprocessing: scale must be at least 1, got 0"),
+        ({"preprocessing": {"scale": "a"}}, "preprocessing: scale: expected int, got 'a'"),
+        ({"preprocessing": {"scale": 2, "x": 1}}, "preprocessing: unknown key 'x'"),
+        ({"preprocessing": {}}, "preprocessing: missing key 'scale'"),
     ],
 )
 def test_a_bad_config_is_refused_in_one_line(

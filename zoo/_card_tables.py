@@ -51,15 +51,16 @@ def fill_all(card: Card) -> str:
 def models(cards: Iterable[Card]) -> str:
     """The README's table of models, one line for each card."""
     return _table(
-        ["Model", "Task", "Parameters", "Measured", "95 % interval", "n", "Size", "Licence"],
+        ["Model", "Task", "Parameters", "Measured", "95 % interval", "Samples", "Size", "Licence"],
         [
             [
                 f"[`{card.name}`](model_cards/{card.name}.md)",
                 card.task,
                 f"{card.parameters:,}",
-                f"{_number(card.primary.value)} {card.primary.unit} on {card.primary.dataset}",
+                f"{_number(card.primary.value)} {_words(card.primary.metric)}, "
+                f"{card.primary.dataset} {card.primary.split}",
                 _interval(card.primary),
-                f"{card.primary.n:,}",
+                f"{card.primary.n:,} {card.primary.unit}s",
                 f"{card.size / 1e6:.1f} MB",
                 card.weights_license,
             ]
@@ -70,13 +71,22 @@ def models(cards: Iterable[Card]) -> str:
 
 def _results(card: Card) -> str:
     return _table(
-        ["Metric", "Value", "Interval", "n", "Seeds", "Spread over seeds", "Protocol", "Command"],
+        [
+            "Metric",
+            "Value",
+            "Interval",
+            "Samples",
+            "Seeds",
+            "Spread over seeds",
+            "Protocol",
+            "Command",
+        ],
         [
             [
-                f"{result.metric} ({result.unit})",
+                _words(result.metric),
                 f"**{_number(result.value)}**" if result.primary else _number(result.value),
                 f"{_interval(result)} ({result.confidence:.0%}, {result.interval_method})",
-                f"{result.n:,}",
+                f"{result.n:,} {result.unit}s",
                 ", ".join(map(str, result.seeds)),
                 _number(result.seed_spread),
                 f"{result.protocol}; {result.dataset}, {result.split}",
@@ -106,7 +116,7 @@ def _controls(card: Card) -> str:
                 f"{control.name} (`{control.recipe}`)",
                 control.differs,
                 control.result.protocol,
-                f"{_number(control.result.value)} {control.result.unit}",
+                f"{_number(control.result.value)} {_words(control.result.metric)}",
                 f"{_number(control.result.seed_spread)} over {len(control.result.seeds)}",
                 _difference(control),
                 f"{control.parameters:,}",
@@ -131,7 +141,7 @@ def _reported(card: Card) -> str:
         ["Metric", "Value", "Source", "Evidence", "How our protocol differs"],
         [
             [
-                f"{reported.metric} ({reported.unit})",
+                _words(reported.metric),
                 _number(reported.value),
                 reported.source,
                 reported.evidence,
@@ -162,6 +172,10 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _interval(result: Result) -> str:

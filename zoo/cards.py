@@ -55,10 +55,10 @@ class Result:
     """One measured number, with all that is needed to doubt it or to get it again."""
 
     metric: str
-    """`"cross-entropy"`, `"accuracy"` ..."""
+    """`"nats_per_character"`, `"accuracy"` ..."""
     value: float
     unit: str
-    """`"nats/character"`, `"%"` ..."""
+    """What one sample is: `"character"`, `"image"` ..."""
     n: int
     """How many samples were measured, each counted once."""
     interval: tuple[float, float]
@@ -68,9 +68,9 @@ class Result:
     seeds: tuple[int, ...]
     """The training seeds behind the value."""
     seed_spread: float | None = None
-    """Standard deviation over the seeds, in `unit`; None with a single seed."""
+    """Standard deviation over the seeds; None with a single seed."""
     tolerance: float
-    """How far a re-measurement of the same weight may be off, in `unit`."""
+    """How far a re-measurement of the same weight may be off."""
     protocol: str
     """How it was measured, in a few words."""
     dataset: str
@@ -438,7 +438,7 @@ def _hub_keys(card: Card) -> dict[str, Any]:
                         "metrics": [
                             {
                                 "type": result.metric,
-                                "name": f"{result.metric} ({result.unit}; {result.protocol})",
+                                "name": f"{result.metric} ({result.protocol})",
                                 "value": result.value,
                             }
                         ],

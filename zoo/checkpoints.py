@@ -80,7 +80,7 @@ class CheckpointConfig:
     network: dict[str, Any]
     """Arguments of the network, checked against the architecture's dataclass."""
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What turns a user's input into tensors; must be what the architecture does."""
+    """What turns a user's input into tensors, checked against the architecture's dataclass."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,8 +123,8 @@ def save(
     """Write a checkpoint folder: all of it, or nothing.
 
     Args:
-        module: An instance of a registered class; its `config` and the state of its `network` are
-            written, no state of an optimizer.
+        module: An instance of a registered class; its `config`, its `preprocessing` and the state
+            of its `published_network` are written, no state of an optimizer.
         folder: Where to; an earlier checkpoint there is replaced.
         card: For `README.md`.
         recipe: For `recipe.yaml`, as text.
@@ -133,19 +133,24 @@ def save(
 
     Raises:
         UnknownNameError: When the class is not registered.
-        CheckpointError: When the folder holds something else, or cannot be written.
+        CheckpointError: When the folder holds something else, or cannot be written; or when the
+            module does not know its preprocessing yet.
     """
     entry = architecture_of(type(module))
+    if module.preprocessing_config is not None and module.preprocessing is None:
+        raise CheckpointError(
+            f"This {entry.name} does not know its preprocessing: train it, or pass preprocessing."
+        )
     config = CheckpointConfig(
         architecture=entry.name,
         family=entry.family,
         task=entry.task,
         network=to_json(module.config),
-        preprocessing=module.preprocessing,
+        preprocessing={} if module.preprocessing is None else to_json(module.preprocessing),
     )
     contents = {
         CONFIG_FILE: format_json(to_json(config)),
-        WEIGHTS_FILE: _serialised(module.network, _dtype(dtype)),
+        WEIGHTS_FILE: _serialised(module.published_network, _dtype(dtype)),
     }
     if recipe is not None:
         contents[RECIPE_FILE] = recipe.encode()
@@ -262,16 +267,14 @@ def load(
     module_class = architecture(config.architecture).module_class()
     stored = build(module_class.network_config, config.network, f"{where}: network")
     network = _overridden(stored, network_overrides, num_classes, config.architecture)
-    module = _construct(module_class, network)
-    if module.preprocessing != config.preprocessing:
-        raise CheckpointError(
-            f"{where}: preprocessing is {config.preprocessing}, but {config.architecture} does "
-            f"{module.preprocessing}."
-        )
+    new_head = num_classes is not None and num_classes != stored.num_classes
+    preprocessing = _preprocessing(module_class, config.preprocessing, f"{where}: preprocessing")
+    if new_head:
+        preprocessing = module_class.swap_head(preprocessing, network.num_classes)
+    module = _construct(module_class, network, preprocessing)
     tensors = _parse_weights(contents[WEIGHTS_FILE], folder / WEIGHTS_FILE)
     for migration in migrations:
         tensors = migration.tensors(tensors)
-    new_head = num_classes is not None and num_classes != stored.num_classes
     module.load_report = _fill(
         module.network,
         tensors,
@@ -319,9 +322,11 @@ def convert(
         raise CheckpointError(f"{recipe} names no architecture.") from error
     module_class = architecture(name).module_class()
     module = _construct(
-        module_class, build(module_class.network_config, content["zoo_network"], str(path))
+        module_class,
+        build(module_class.network_config, content["zoo_network"], str(path)),
+        _preprocessing(module_class, content.get("zoo_preprocessing"), str(path)),
     )
-    prefix = "network."
+    prefix = content.get("zoo_published", "network") + "."
     tensors = {
         name.removeprefix(prefix): tensor
         for name, tensor in content["state_dict"].items()
@@ -404,9 +409,20 @@ def _parse_weights(content: bytes, path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _construct(module_class: type[ZooModule], network: Any) -> ZooModule:
+def _preprocessing(module_class: type[ZooModule], values: Any, where: str) -> Any:
+    """The stored preprocessing as the class's dataclass; None where there is none."""
+    if module_class.preprocessing_config is not None:
+        # Training checkpoints of the first version have none; the class then has a default.
+        return None if values is None else build(module_class.preprocessing_config, values, where)
+    if values:
+        raise CheckpointError(f"{where}: {module_class.__name__} has none, but it says {values}.")
+    return None
+
+
+def _construct(module_class: type[ZooModule], network: Any, preprocessing: Any) -> ZooModule:
+    arguments = {} if preprocessing is None else {"preprocessing": preprocessing}
     with torch.random.fork_rng(devices=[]):
-        return module_class(network=network)  # type: ignore[call-arg]
+        return module_class(network=network, **arguments)
 
 
 def _overridden(

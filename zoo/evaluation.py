@@ -53,6 +53,7 @@ class Outcome:
         interval_method: how the interval was computed.
         recorded: the recorded result; None when there is none.
         tolerance: largest difference from the recorded value that passes; None without one.
+        split: part of the data set that was measured.
     """
 
     protocol: str
@@ -64,6 +65,7 @@ class Outcome:
     interval_method: str
     recorded: Result | None = None
     tolerance: float | None = None
+    split: str = "validation"
 
     @property
     def passed(self) -> bool | None:
@@ -204,6 +206,7 @@ def evaluate_module(
                 n=measurement.n,
                 interval=interval,
                 interval_method=method,
+                split=measurement.split,
             )
         )
     return tuple(outcomes)
@@ -371,7 +374,7 @@ def as_result(
         tolerance=FLOAT_TOLERANCE * abs(outcome.value),
         protocol=outcome.protocol,
         dataset=str(dataset.get("path") or dataset.get("dataset", recipe.data)),
-        split="validation",
+        split=outcome.split,
         command=command,
         date=datetime.date.today().isoformat(),
         versions=versions(),

@@ -15,7 +15,9 @@ import dataclasses
 import importlib
 import inspect
 import os
+import sys
 import time
+import typing
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 import yaml
 
 from zoo.cards import shipped_folder
+from zoo.configs import build
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
 from zoo.registry import architecture
 
@@ -40,6 +43,7 @@ __all__ = [
 ]
 
 DATA_MODULES: dict[str, str] = {
+    "images": "zoo.data.images:ImageDataModule",
     "text": "zoo.data.text:TextDataModule",
 }
 """Data modules that a recipe can name."""
@@ -240,7 +244,7 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
         return CLI(
             module_class,
             data_class,
-            args=recipe.options,
+            args=_with_usable_precision(recipe.options),
             run=False,
             save_config_callback=None,
             seed_everything_default=0,
@@ -256,6 +260,25 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(f"{recipe.path}: {_first_line(error)}") from error
+
+
+def _with_usable_precision(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, in float32 where bfloat16 was asked of a processor that can only emulate it.
+
+    Without bfloat16 instructions matrix products are about a hundred times slower than in float32.
+    """
+    import torch
+
+    trainer = options.get("trainer", {})
+    on_cpu = trainer.get("accelerator", "auto") == "cpu" or not torch.accelerator.is_available()
+    if (
+        trainer.get("precision") != "bf16-mixed"
+        or not on_cpu
+        or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return options
+    print("This processor has no bfloat16 arithmetic: training in float32.", file=sys.stderr)
+    return {**options, "trainer": {**trainer, "precision": "32-true"}}
 
 
 def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -> Any:
@@ -276,6 +299,10 @@ def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) 
     for key in options:
         if key not in known:
             raise ConfigError(f"{recipe.path}: unknown option data.{key}.{nearest(key, known)}")
+    hints = typing.get_type_hints(data_class.__init__)
+    for key, value in options.items():
+        if dataclasses.is_dataclass(hints.get(key)):
+            options[key] = build(hints[key], value, f"{recipe.path}: data.{key}")
     try:
         return data_class(**options)
     except (TypeError, ValueError) as error:
@@ -322,7 +349,12 @@ def fit(
         )
     with warnings.catch_warnings():
         _quieten()
-        cli = instantiate(recipe, callbacks=_callbacks(folder), num_sanity_val_steps=0)
+        cli = instantiate(
+            recipe,
+            callbacks=_callbacks(folder),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the data modules share batches out themselves
+        )
         resolved = _resolved(cli, recipe)
         if last.exists():
             _check_same(resolved, folder / "recipe.yaml")
@@ -390,8 +422,6 @@ def read_facts(run: Path) -> dict[str, Any]:
 
 
 def _callbacks(folder: Path) -> list[Any]:
-    import sys
-
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 
     class Stopwatch(Callback):
@@ -436,6 +466,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    # The recipe is passed to LightningCLI as values; the words of the command are ours.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
 
 
 def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:

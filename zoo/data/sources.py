@@ -7,17 +7,23 @@ extracted here.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gzip
 import hashlib
+import http.client
+import math
 import os
-import urllib.error
 import urllib.request
+import zlib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from zoo.errors import DataError, UnknownNameError, nearest
+from zoo.progress import track
 
-__all__ = ["SOURCES", "Source", "data_dirs", "locate"]
+__all__ = ["SOURCES", "Source", "cache_dir", "data_dirs", "locate", "locate_first"]
 
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
@@ -29,20 +35,53 @@ class Source:
 
     Attributes:
         path: path below the data folder.
-        size: bytes.
-        digest: checksum in hexadecimal, by `algorithm`.
-        url: official address.
+        size: bytes; None: not known.
+        digest: checksum in hexadecimal, by `algorithm`; None: the same content comes in several
+            encodings, and its reader checks what it has decoded.
+        url: official address; None: the file is taken where it is, and never downloaded.
         licence: licence of the data, or what is known of it.
+        packed: the file may lie there packed by gzip, with the suffix `.gz`, and is downloaded so;
+            size and digest are of what is unpacked, since one content can be packed in many ways.
         bundled: path inside the package, for the few sets that may ship with it.
     """
 
     path: str
-    size: int
-    digest: str
-    url: str
+    size: int | None
+    digest: str | None
+    url: str | None
     licence: str
     algorithm: Literal["sha256", "md5"] = "sha256"
+    packed: bool = False
     bundled: str | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths below the data folder that are looked at, in order."""
+        return (f"{self.path}.gz", self.path) if self.packed else (self.path,)
+
+
+def _idx(
+    folder: str, file: str, size: int, md5: str, url: str, licence: str, bundled: bool = False
+) -> Source:
+    """A file of MNIST's kind, in the layout of torchvision."""
+    return Source(
+        path=f"{folder}/raw/{file}",
+        size=size,
+        digest=md5,
+        algorithm="md5",
+        url=f"{url}/{file}.gz",
+        licence=licence,
+        packed=True,
+        bundled=f"bundled/{folder}/{file}.gz" if bundled else None,
+    )
+
+
+_MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist", "CC BY-SA 3.0, as commonly stated")
+_FASHION = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
+    "MIT",
+)
+_CIFAR = "none stated by its authors"
 
 
 SOURCES: dict[str, Source] = {
@@ -53,6 +92,86 @@ SOURCES: dict[str, Source] = {
         url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         licence="public domain",
         bundled="bundled/tiny-shakespeare.txt",
+    ),
+    "mnist-train-images": _idx(
+        "MNIST", "train-images-idx3-ubyte", 47_040_016, "6bbc9ace898e44ae57da46a324031adb", *_MNIST
+    ),
+    "mnist-train-labels": _idx(
+        "MNIST", "train-labels-idx1-ubyte", 60_008, "a25bea736e30d166cdddb491f175f624", *_MNIST
+    ),
+    "mnist-test-images": _idx(
+        "MNIST", "t10k-images-idx3-ubyte", 7_840_016, "2646ac647ad5339dbf082846283269ea", *_MNIST
+    ),
+    "mnist-test-labels": _idx(
+        "MNIST", "t10k-labels-idx1-ubyte", 10_008, "27ae3e4e09519cfbb04c329615203637", *_MNIST
+    ),
+    "fashion-mnist-train-images": _idx(
+        "FashionMNIST",
+        "train-images-idx3-ubyte",
+        47_040_016,
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        *_FASHION,
+    ),
+    "fashion-mnist-train-labels": _idx(
+        "FashionMNIST",
+        "train-labels-idx1-ubyte",
+        60_008,
+        "9018921c3c673c538a1fc5bad174d6f9",
+        *_FASHION,
+    ),
+    "fashion-mnist-test-images": _idx(
+        "FashionMNIST",
+        "t10k-images-idx3-ubyte",
+        7_840_016,
+        "8181f5470baa50b63fa0f6fddb340f0a",
+        *_FASHION,
+        bundled=True,
+    ),
+    "fashion-mnist-test-labels": _idx(
+        "FashionMNIST",
+        "t10k-labels-idx1-ubyte",
+        10_008,
+        "15d484375f8d13e6eb1aabb0c3f46965",
+        *_FASHION,
+        bundled=True,
+    ),
+    "cifar100-train-parquet": Source(
+        path="cifar100/train-00000-of-00001.parquet",
+        size=None,
+        digest=None,
+        url=None,
+        licence=_CIFAR,
+    ),
+    "cifar100-test-parquet": Source(
+        path="cifar100/test-00000-of-00001.parquet",
+        size=None,
+        digest=None,
+        url=None,
+        licence=_CIFAR,
+    ),
+    "cifar100-train-pickle": Source(
+        path="cifar-100-python/train",
+        size=None,
+        digest="16019d7e3df5f24257cddd939b257f8d",
+        algorithm="md5",
+        url=None,
+        licence=_CIFAR,
+    ),
+    "cifar100-test-pickle": Source(
+        path="cifar-100-python/test",
+        size=None,
+        digest="f0ef6b0ae62326f3e7ffdfab6717acfc",
+        algorithm="md5",
+        url=None,
+        licence=_CIFAR,
+    ),
+    "cifar100-archive": Source(
+        path="cifar-100-python.tar.gz",
+        size=169_001_437,
+        digest="eb9058c3a382ffc7106e4002c42a8d85",
+        algorithm="md5",
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        licence=_CIFAR,
     ),
 }
 """All files that data modules ask for, by name."""
@@ -81,68 +200,105 @@ def locate(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
         UnknownNameError: no such file is known.
         DataError: the file is damaged, or is nowhere and could not be downloaded.
     """
-    if name not in SOURCES:
-        raise UnknownNameError(f"No data set {name!r}.{nearest(name, SOURCES)}")
-    source = SOURCES[name]
-    for folder in data_dirs(data_dir):
-        path = folder / source.path
-        if path.is_file():
-            _check(path, source)
-            return path
+    return locate_first([name], data_dir)[1]
+
+
+def locate_first(
+    names: Sequence[str], data_dir: str | os.PathLike[str] | None = None
+) -> tuple[str, Path]:
+    """Name and path of the first of several files that is here; the last is downloaded otherwise.
+
+    Args:
+        names: keys of `SOURCES`: files that hold the same data in different layouts.
+        data_dir: folder to look in first.
+
+    Raises:
+        UnknownNameError: no such file is known.
+        DataError: a file is damaged, or none is here and the last could not be downloaded.
+    """
+    for name in names:
+        if name not in SOURCES:
+            raise UnknownNameError(f"No data set {name!r}.{nearest(name, SOURCES)}")
+    for name in names:
+        found = _find(SOURCES[name], data_dir)
+        if found is not None:
+            _check(found, SOURCES[name])
+            return name, found
+    name = names[-1]
+    looked = [
+        folder / path for folder in data_dirs(data_dir) for n in names for path in SOURCES[n].paths
+    ]
+    return name, _download(name, SOURCES[name], looked)
+
+
+def _find(source: Source, data_dir: str | os.PathLike[str] | None) -> Path | None:
+    candidates = [folder / path for folder in data_dirs(data_dir) for path in source.paths]
     if source.bundled is not None:
-        path = Path(str(resources.files("zoo.data") / source.bundled))
-        if path.is_file():
-            _check(path, source)
-            return path
-    return _download(name, source, cache_dir() / source.path)
+        candidates.append(Path(str(resources.files("zoo.data") / source.bundled)))
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _check(path: Path, source: Source) -> None:
-    size = path.stat().st_size
-    if size != source.size:
+    """Compare size and checksum, of what is unpacked where the file is packed."""
+    again = f"; remove it to get it again from {source.url}" if source.url else ""
+    unpack = source.packed and ".gz" in path.suffixes
+    digest, size = hashlib.new(source.algorithm, usedforsecurity=False), 0
+    if source.size is not None and not unpack and path.stat().st_size != source.size:
+        raise DataError(f"{path} has {path.stat().st_size} bytes, expected {source.size}{again}")
+    try:
+        with gzip.open(path) if unpack else path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+                if source.size is not None and size > source.size:
+                    break  # a few packed bytes can be many
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} cannot be unpacked ({error}){again}") from error
+    if source.size is not None and size != source.size:
+        found = f"more than {source.size}" if size > source.size else str(size)
+        raise DataError(f"{path} has {found} unpacked bytes, expected {source.size}{again}")
+    if source.digest is not None and digest.hexdigest() != source.digest:
         raise DataError(
-            f"{path} has {size} bytes, expected {source.size}; remove it to get it again from "
-            f"{source.url}"
-        )
-    digest = hashlib.new(source.algorithm, path.read_bytes(), usedforsecurity=False).hexdigest()
-    if digest != source.digest:
-        raise DataError(
-            f"{path} has {source.algorithm} {digest}, expected {source.digest}; remove it to get "
-            f"it again from {source.url}"
+            f"{path} has {source.algorithm} {digest.hexdigest()}, expected {source.digest}{again}"
         )
 
 
-def _download(name: str, source: Source, target: Path) -> Path:
+def _download(name: str, source: Source, looked: Sequence[Path]) -> Path:
     """Fetch to a temporary name under a lock, check, and rename."""
     from filelock import FileLock
-    from rich.progress import Progress
 
-    partial = target.with_name(target.name + ".part")
+    target = cache_dir() / source.paths[0]
+    if source.url is None:
+        raise DataError(f"Data set {name!r} was not found at {', '.join(map(str, looked))}.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(target) + ".lock"):
-            if not target.is_file():  # another process may have been first
-                request = urllib.request.Request(source.url, headers={"User-Agent": "zoo"})
-                with (
-                    urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer,
-                    partial.open("wb") as file,
-                    Progress(transient=True) as progress,
-                ):
-                    task = progress.add_task(name, total=source.size)
-                    while chunk := answer.read(_CHUNK):
-                        file.write(chunk)
-                        progress.advance(task, len(chunk))
+            if target.is_file():  # another process was first
+                _check(target, source)
+                return target
+            partial = target.with_name(target.name + ".part")
+            try:
+                _fetch(name, source.url, partial)
                 _check(partial, source)
                 partial.replace(target)
-            else:
-                _check(target, source)
-    except (OSError, urllib.error.URLError) as error:
-        looked = ", ".join(str(folder / source.path) for folder in data_dirs())
+            finally:
+                # Under the lock: outside of it the file may be another process's.
+                partial.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        size = "" if source.size is None else f"{source.size / 1e6:.1f} MB, "
         raise DataError(
-            f"Data set {name!r} ({source.size / 1e6:.1f} MB, {source.licence}) was not found at "
-            f"{looked}, and could not be downloaded ({error}). Get it with: "
+            f"Data set {name!r} ({size}{source.licence}) was not found at "
+            f"{', '.join(map(str, looked))}, and could not be downloaded ({reason}). Get it with: "
             f"curl --create-dirs -o {target} {source.url}"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
+
+
+def _fetch(name: str, url: str, path: Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "zoo"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer, path.open("wb") as file:
+        chunks = iter(functools.partial(answer.read, _CHUNK), b"")
+        total = None if answer.length is None else math.ceil(answer.length / _CHUNK)
+        for chunk in track(chunks, name, total):
+            file.write(chunk)

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from zoo.data.sources import SOURCES, locate
+from zoo.data.sources import locate
 from zoo.errors import DataError, UnknownNameError, nearest
 
 __all__ = ["START", "StreamBatch", "TextDataModule", "decode_bytes", "encode_bytes", "read_text"]
+
+TEXTS = ("tiny-shakespeare",)
+"""Names of the known texts, all of them in `zoo.data.sources`."""
 
 START = 10
 """The byte that stands before the first of a text (a line feed), so that the first is predicted."""
@@ -185,8 +188,8 @@ class TextDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if dataset not in SOURCES:
-            raise UnknownNameError(f"No text {dataset!r}.{nearest(dataset, SOURCES)}")
+        if dataset not in TEXTS:
+            raise UnknownNameError(f"No text {dataset!r}.{nearest(dataset, TEXTS)}")
         for name, value in (
             ("streams", streams),
             ("segment", segment),

@@ -12,12 +12,14 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.configs import to_json
 from zoo.provenance import source_commit
 from zoo.tasks.optimization import OptimizerConfig, build_optimizer
 
-__all__ = ["Measurement", "ZooModule", "compile_network"]
+__all__ = ["Measurement", "ZooModule", "compile_network", "count_macs"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class Measurement:
         sums: one float64 per unit.
         counts: samples per unit, int64.
         kind: "mean" of real values, or "proportion" of zeros and ones.
+        split: part of the data set that was measured.
     """
 
     metric: str
@@ -40,6 +43,7 @@ class Measurement:
     sums: Tensor
     counts: Tensor
     kind: Literal["mean", "proportion"] = "mean"
+    split: str = "validation"
 
     @property
     def n(self) -> int:
@@ -56,19 +60,23 @@ class ZooModule(pl.LightningModule):
     """Base of the zoo's LightningModules: a network, how it is trained, and how it is measured.
 
     Subclasses set the class attributes, build `network` in their constructor, whose arguments
-    `network` and `optimizer` are the two frozen configurations, and implement `training_step`,
-    `validation_step`, `measure` and `predict`. The state dict of `network` is what a checkpoint
-    folder holds.
+    `network` and `optimizer` are the two frozen configurations (and `preprocessing` a third, where
+    there is one), and implement `training_step`, `validation_step`, `measure`, `predict`, `samples`
+    and `macs`. The state dict of `published_network` is what a checkpoint folder holds.
     """
 
     network_config: ClassVar[type[Any]]
     """Frozen dataclass of the network's arguments."""
+    preprocessing_config: ClassVar[type[Any] | None] = None
+    """Frozen dataclass of what turns a user's input into tensors; None where nothing does."""
     head_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the network's tensors that a head swap replaces."""
     protocols: ClassVar[Mapping[str, str]] = {}
     """Evaluation protocols by name, with what they do; the first is the primary one."""
 
     network: nn.Module
+    preprocessing: Any = None
+    """An instance of `preprocessing_config`, kept in `config.json`; None while it is not known."""
     load_report: Any = None
     """Set by `zoo.load`: what was loaded, dropped and initialised."""
     _fit_seed: int | None = None
@@ -80,9 +88,23 @@ class ZooModule(pl.LightningModule):
         self.compile_network = compile
 
     @property
-    def preprocessing(self) -> dict[str, Any]:
-        """What turns a user's input into tensors; plain JSON, kept in `config.json`."""
-        return {}
+    def published_network(self) -> nn.Module:
+        """The network that is measured, used and published: an average of weights, perhaps."""
+        return self.network
+
+    @classmethod
+    def swap_head(cls, preprocessing: Any, num_classes: int) -> Any:
+        """What `preprocessing` becomes with a new head of `num_classes` classes."""
+        return preprocessing
+
+    def samples(self, batch: Any) -> int:
+        """How many samples, in the unit of `measure`, a training batch has."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what a sample is")
+
+    def macs(self, batch: Any) -> int:
+        """Multiply-accumulates of a forward pass per sample, on input like that of a training
+        batch; see `count_macs`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what a sample is")
 
     def measure(self, datamodule: pl.LightningDataModule, protocol: str) -> Measurement:
         """Measure the network by one of `protocols`; each sample is counted exactly once."""
@@ -108,11 +130,35 @@ class ZooModule(pl.LightningModule):
         # Plain JSON: the file stays loadable with weights_only=True and says how to rebuild.
         checkpoint["zoo_network"] = to_json(self.config)
         checkpoint["zoo_seed"] = self._fit_seed
+        if self.preprocessing is not None:
+            checkpoint["zoo_preprocessing"] = to_json(self.preprocessing)
+        checkpoint["zoo_published"] = next(
+            name for name, part in self.named_modules() if part is self.published_network
+        )
         checkpoint["zoo_commit"] = source_commit()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("zoo_seed") is not None:
             self._fit_seed = checkpoint["zoo_seed"]
+
+
+def count_macs(network: nn.Module, *inputs: Any) -> int:
+    """Multiply-accumulates of a forward pass in eval mode, by `torch.utils.flop_counter`.
+
+    Products of matrices and convolutions are counted; causal attention is counted in full.
+    """
+    was_training = network.training
+    network.eval()
+    # Fused attention on the CPU is not counted at all; its plain form is.
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        network(*inputs)
+    network.train(was_training)
+    total: int = counter.get_total_flops()
+    return total // 2
 
 
 def compile_network(network: nn.Module) -> bool:

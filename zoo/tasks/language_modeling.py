@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,26 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from zoo.data.text import START, StreamBatch, TextDataModule, encode_bytes
-from zoo.errors import DataError, ZooError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.cached_transformers import (
     CachedTransformerLM,
     CachedTransformerLMConfig,
     LanguageModelState,
 )
 from zoo.progress import track
-from zoo.tasks.base import Measurement, ZooModule
+from zoo.tasks.base import Measurement, ZooModule, count_macs
 from zoo.tasks.optimization import OptimizerConfig
 
-__all__ = ["LanguageModel", "TextScore", "TextStream", "sample_token"]
+__all__ = ["LanguageModel", "TextPreprocessing", "TextScore", "TextStream", "sample_token"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextPreprocessing:
+    """How a text becomes tokens: its UTF-8 bytes, after a line feed."""
+
+    tokenizer: Literal["bytes"]
+    start: Literal[10]
+    """The token that stands before the first of a text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,9 +154,11 @@ class LanguageModel(ZooModule):
         detach_every: segments after which the gradient through the memory is cut, within a
             training step; None: only between steps.
         compile: compile the network's blocks for training.
+        preprocessing: how a text becomes tokens, of which there is one way.
     """
 
     network_config: ClassVar[type[Any]] = CachedTransformerLMConfig
+    preprocessing_config: ClassVar[type[Any] | None] = TextPreprocessing
     head_parameters: ClassVar[tuple[str, ...]] = ("head.weight",)
     protocols: ClassVar[dict[str, str]] = {
         "stream": "the whole text in order, memory carried along, every character counted once",
@@ -162,16 +173,14 @@ class LanguageModel(ZooModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         detach_every: int | None = None,
         compile: bool = False,
+        preprocessing: TextPreprocessing = TextPreprocessing(tokenizer="bytes", start=10),
     ) -> None:
         super().__init__(network, optimizer, compile)
         self.network = CachedTransformerLM(network)
+        self.preprocessing = preprocessing
         self.detach_every = detach_every
         self.val_loss = MeanMetric()
         self._stream_state: LanguageModelState | None = None
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        return {"tokenizer": "bytes", "start": START}
 
     # ---------------------------------------------------------------- training
 
@@ -205,6 +214,17 @@ class LanguageModel(ZooModule):
         return losses, state
 
     # -------------------------------------------------------------- evaluation
+
+    def samples(self, batch: StreamBatch) -> int:
+        return batch.tokens[:, 1:].numel()
+
+    def macs(self, batch: StreamBatch) -> int:
+        """Multiply-accumulates per token of a forward pass over a segment with memory."""
+        tokens = torch.zeros(1, self.config.segment, dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            _, state = self.network(tokens)
+        segment: int = self.config.segment
+        return round(count_macs(self.network, tokens, state) / segment)
 
     @torch.no_grad()
     def measure(self, datamodule: TextDataModule, protocol: str) -> Measurement:  # type: ignore[override]
@@ -266,6 +286,8 @@ class LanguageModel(ZooModule):
         Raises:
             DataError: a text is empty or not a string.
         """
+        if not isinstance(texts, (str, Sequence)):
+            raise DataError(f"predict takes texts, got {type(texts).__name__}.")
         scores = []
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
@@ -303,7 +325,7 @@ class LanguageModel(ZooModule):
             The new text, without the prompt.
 
         Raises:
-            ZooError: the prompt is empty or an option is out of range.
+            ConfigError: the prompt is empty, or an option is of the wrong type or out of range.
         """
         return "".join(
             self.stream(
@@ -329,32 +351,42 @@ class LanguageModel(ZooModule):
         state: LanguageModelState | None = None,
     ) -> TextStream:
         """As `generate`, but an iterator over pieces of text as they are written."""
-        _check_sampling(prompt, max_new_tokens, temperature, top_k, top_p)
+        sampling = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        _check_sampling(prompt, sampling)
         tokens = encode_bytes(prompt)
         if state is None:
             tokens = torch.cat((torch.tensor([START], dtype=torch.uint8), tokens))
-        return TextStream(
-            self,
-            tokens,
-            state,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        return TextStream(self, tokens, state, **sampling)
 
 
-def _check_sampling(
-    prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    if not isinstance(prompt, str) or not prompt:
-        raise ZooError("The prompt is empty; give at least one character to continue from.")
-    if max_new_tokens < 1:
-        raise ZooError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ZooError(f"temperature must be 0 (greedy) or positive, got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise ZooError(f"top_k must be at least 1, got {top_k}.")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ZooError(f"top_p must be in (0, 1], got {top_p}.")
+def _check_sampling(prompt: str, options: Mapping[str, Any]) -> None:
+    if not isinstance(prompt, str):
+        raise ConfigError(f"The prompt must be a text, got {prompt!r}.")
+    if not prompt:
+        raise ConfigError("The prompt is empty; give at least one character to continue from.")
+    for name, value in options.items():
+        if value is None and name in ("top_k", "top_p", "seed"):
+            continue
+        whole = name in ("max_new_tokens", "top_k", "seed")
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            kind = "whole number" if whole else "number"
+            raise ConfigError(f"{name} must be a {kind}, got {value!r}.")
+        allowed, in_range = _SAMPLING_RANGES[name]
+        if not in_range(value):
+            raise ConfigError(f"{name} must be {allowed}, got {value}.")
+
+
+_SAMPLING_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_new_tokens": ("at least 1", lambda value: value >= 1),
+    "temperature": ("0 (greedy) or positive", lambda value: 0 <= value < math.inf),
+    "top_k": ("at least 1", lambda value: value >= 1),
+    "top_p": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "seed": ("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63),
+}
+"""What each option may be, in words and as a test."""

@@ -25,11 +25,17 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate. Muon's updates are scaled to the size of AdamW's."""
     weight_decay: float = 0.1
-    """Decoupled weight decay; not applied to vectors or to what the network exempts."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay from the peak to zero, over all steps."""
+    """Not applied to vectors or to what the network exempts. Decoupled; of SGD, part of the
+    gradient."""
+    momentum: float = 0.9
+    """Of SGD, in [0, 1)."""
+    schedule: Literal["linear", "cosine", "constant", "one-cycle"] = "linear"
+    """Shape of the decay from the peak to zero, over all steps. With "one-cycle" it is a cosine
+    that starts where the warm-up ends, so that the peak is reached."""
     warmup_steps: int = 50
     """Steps of linear growth from zero at the beginning."""
+    warmup_fraction: float | None = None
+    """The same as a share of all steps, in [0, 1); takes the place of `warmup_steps`."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -38,11 +44,21 @@ class OptimizerConfig:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.warmup_fraction is not None and not 0.0 <= self.warmup_fraction < 1.0:
+            raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Learning rate at `step` (0, 1, ...) over the peak."""
-    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    warmup = config.warmup_steps
+    if config.warmup_fraction is not None:
+        warmup = math.ceil(config.warmup_fraction * total_steps)
+    warm = min(1.0, (step + 1) / max(warmup, 1))
+    if config.schedule == "one-cycle":
+        after = (step + 1 - warmup) / max(total_steps - warmup, 1)
+        return warm * 0.5 * (1.0 + math.cos(math.pi * min(max(after, 0.0), 1.0)))
     progress = min(step / max(total_steps, 1), 1.0)
     if config.schedule == "linear":
         return warm * (1.0 - progress)
@@ -68,6 +84,7 @@ def build_optimizer(
         opt=config.name,
         lr=config.lr,
         weight_decay=config.weight_decay,
+        momentum=config.momentum,
         # Orthogonalised updates suit maps between features, not tables that are looked up.
         fallback_no_weight_decay=config.name == "muon",
     )
