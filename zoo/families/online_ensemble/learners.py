@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "LinearDiscriminant",
+    "MomentLearner",
     "NearestMean",
     "OnlineLearner",
     "RidgeClassifier",
@@ -206,7 +207,7 @@ class NearestMean(OnlineLearner):
         return encodings @ means.T - means.square().sum(1) / 2
 
 
-class _MomentLearner(OnlineLearner):
+class MomentLearner(OnlineLearner):
     """Learners that are functions of the moments of a fixed map of the encodings.
 
     The moments are sums over the samples, so that what is learned does not depend on their order
@@ -252,12 +253,12 @@ class _MomentLearner(OnlineLearner):
         self._solution = None
         super()._load_from_state_dict(*arguments)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _MomentLearner:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MomentLearner:
         self._solution = None
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
 
-class LinearDiscriminant(_MomentLearner):
+class LinearDiscriminant(MomentLearner):
     """Linear discriminant analysis with one covariance for all classes, from running moments.
 
     The covariance is that of the samples about their class means. Streaming LDA as published
@@ -289,7 +290,7 @@ class LinearDiscriminant(_MomentLearner):
         return weight, -(means.T * weight).sum(0) / 2
 
 
-class RidgeClassifier(_MomentLearner):
+class RidgeClassifier(MomentLearner):
     """Ridge regression to one-hot targets, with an unpenalised intercept, from running moments.
 
     Args:
