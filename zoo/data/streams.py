@@ -17,16 +17,33 @@ end, and a[e, i] the mean of a[e, c] over T_i:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal
+import functools
+import hashlib
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import multiclass_stat_scores
 
+from zoo.data.images import ImageDataModule, ImagePreprocessing
+from zoo.data.sources import cache_dir
 from zoo.errors import DataError
+from zoo.progress import track
 
-__all__ = ["Stream", "StreamConfig", "StreamRecord", "make_stream"]
+__all__ = [
+    "Stream",
+    "StreamBatch",
+    "StreamConfig",
+    "StreamDataModule",
+    "StreamRecord",
+    "cached_encodings",
+    "make_stream",
+]
+
+_ENCODING_BATCH = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,3 +227,149 @@ class StreamRecord:
             "forgetting": self.forgetting,
             "backward_transfer": self.backward_transfer,
         }
+
+
+class StreamBatch(NamedTuple):
+    """The samples that come at once."""
+
+    rows: Tensor
+    """Index of each in the training set, B."""
+    images: Tensor
+    """B x C x H x W uint8."""
+    labels: Tensor
+    """B int64."""
+    ended: int | None
+    """Index of the task whose last batch this is; a learner is never told."""
+
+
+class _StreamBatches(Dataset[StreamBatch]):
+    def __init__(self, stream: Stream, images: Tensor, labels: Tensor) -> None:
+        self.stream, self.images, self.labels = stream, images, labels
+        self.starts = (0, *stream.batch_ends)
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, index: int) -> StreamBatch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = self.stream.order[self.starts[index] : self.starts[index + 1]]
+        ends = self.stream.task_ends
+        ended = ends.index(index + 1) if index + 1 in ends else None
+        return StreamBatch(rows, self.images[rows], self.labels[rows], ended)
+
+
+class StreamDataModule(ImageDataModule):
+    """A stream of labelled images, each once: a known set, or a folder of your own.
+
+    Args:
+        dataset, path, size, channels, test_fraction, data_dir: the images, as for
+            `ImageDataModule`.
+        stream: schedule and batches; its `seed` orders classes and samples.
+        limit: take only so many training images of each class, the first ones; None: all.
+
+    Raises:
+        DataError: files are missing, damaged or too few.
+        UnknownNameError: no known set has this name.
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "mnist",
+        path: str | None = None,
+        size: tuple[int, int] = (28, 28),
+        channels: Literal[1, 3] = 1,
+        test_fraction: float = 0.2,
+        stream: StreamConfig = StreamConfig(),
+        limit: int | None = None,
+        data_dir: str | None = None,
+    ) -> None:
+        super().__init__(
+            dataset=dataset,
+            path=path,
+            size=size,
+            channels=channels,
+            test_fraction=test_fraction,
+            batch_size=stream.batch_size,
+            data_dir=data_dir,
+            seed=stream.seed,
+        )
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1 or null, got {limit}")
+        self.stream_config, self.limit = stream, limit
+
+    @functools.cached_property
+    def preprocessing(self) -> ImagePreprocessing:
+        """Size and classes; pixels stay in [0, 1], since encoders normalise by themselves."""
+        found = super().preprocessing
+        zeros, ones = (0.0,) * found.channels, (1.0,) * found.channels
+        return dataclasses.replace(found, mean=zeros, std=ones)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """Rows of the training set that the stream is made of."""
+        labels = self.train_labels
+        if self.limit is None:
+            return torch.arange(len(labels))
+        kept = [(labels == c).nonzero()[: self.limit, 0] for c in labels.unique()]
+        return torch.cat(kept).sort().values
+
+    @functools.cached_property
+    def stream(self) -> Stream:
+        """The order of the training images."""
+        stream = make_stream(self.train_labels[self.rows], self.stream_config)
+        return dataclasses.replace(stream, order=self.rows[stream.order])
+
+    def train_dataloader(self) -> DataLoader[StreamBatch]:  # type: ignore[override]
+        """Batches of `StreamBatch` in the order of the stream.
+
+        Raises:
+            DataError: there are several processes; a stream has one order.
+        """
+        if self._process[1] > 1:
+            raise DataError("A stream is learned by one process, set trainer.devices=1.")
+        batches = _StreamBatches(self.stream, self.train_images, self.train_labels)
+        return DataLoader(batches, batch_size=None, generator=torch.Generator())
+
+
+def cached_encodings(
+    images: Tensor, encode: Callable[[Tensor], Tensor], encoder: str, what: str
+) -> Tensor:
+    """Encodings of a set, computed once and kept in the cache.
+
+    Args:
+        images: N x C x H x W uint8.
+        encode: B x C x H x W floating point in [0, 1] to B x d.
+        encoder: digest of the encoder's configuration and weights.
+        what: what the images are, for the progress bar.
+
+    Returns:
+        N x d.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    digest = hashlib.sha256(encoder.encode())
+    digest.update(images.contiguous().numpy().data)
+    path = cache_dir() / "encodings" / f"{digest.hexdigest()}.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)["encodings"]
+        except (SafetensorError, KeyError):
+            path.unlink()  # it can be made again
+    parts = images.split(_ENCODING_BATCH)
+    encoded = torch.cat([encode(part / 255) for part in track(parts, f"encoding {what}")])
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"encodings": encoded}, partial)
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"Cannot keep encodings in {path.parent}: {error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return encoded

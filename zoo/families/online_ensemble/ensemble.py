@@ -155,6 +155,9 @@ class GatedEnsemble(OnlineLearner):
     class_tensors = ("counts", "weight", "bias")
     keys: Tensor
     mean: Tensor
+    first: Tensor
+    second: Tensor
+    updates: Tensor
 
     def __init__(
         self, dim: int, config: EnsembleConfig, num_classes: int = 0, grows: bool = True
@@ -248,48 +251,65 @@ class GatedEnsemble(OnlineLearner):
         config = self.config
         total = int(self.counts.sum()) + len(labels)
         self.mean += (encodings.double() - self.mean).sum(0) / total
-        inputs = self._inputs(encodings)
         if config.loss == "dot":
-            present, target = labels.unique(return_inverse=True)
+            present = labels.unique().tolist()
         else:
-            present = self.seen.index_fill(0, labels, True).nonzero()[:, 0]
-            target = torch.searchsorted(present, labels)
-        rows, bias = self.weight[present].requires_grad_(), self.bias[present].requires_grad_()
-        wanted = [rows, bias]
+            present = self.seen.index_fill(0, labels, True).nonzero()[:, 0].tolist()
+        # Views, not copies: a class has rows of its own in memory.
+        rows = [self.weight[c].detach().requires_grad_() for c in present]
+        bias = [self.bias[c].detach().requires_grad_() for c in present]
+        keys = self.keys.detach().requires_grad_(config.keys == "trained")
         with torch.enable_grad():
-            keys = self.keys.detach().requires_grad_(config.keys == "trained")
-            wanted += [keys] if keys.requires_grad else []
-            cosines = F.normalize(self._centred(encodings)) @ keys.T
-            memberships = self._memberships(cosines)
-            votes = self._votes(inputs, self._vote_weights(cosines, memberships), rows, bias)
-            if config.loss == "dot":
-                loss = -votes.gather(1, target[:, None]).mean()
-            else:
-                loss = F.cross_entropy(votes, target)
-            if keys.requires_grad and config.key_pull:
-                loss = loss + config.key_pull * ((1 - cosines) * memberships).sum(1).mean()
+            loss = self._loss(encodings, labels, present, rows, bias, keys)
+            wanted = rows + bias + ([keys] if keys.requires_grad else [])
             gradients = torch.autograd.grad(loss, wanted)
-        self._update(present, torch.cat((gradients[0], gradients[1][..., None]), -1))
+        for index, c in enumerate(present):
+            self._update(c, gradients[index], gradients[len(present) + index])
         if keys.requires_grad:
-            self.keys.copy_(F.normalize(keys.detach() - config.key_lr * gradients[2]))
+            self.keys.copy_(F.normalize(self.keys - config.key_lr * gradients[-1]))
 
-    def _update(self, present: Tensor, gradient: Tensor) -> None:
-        """Take a step of the rows of some classes; P x N x (d + 1), the bias last."""
-        config = self.config
-        if config.optimizer == "sign":
-            step = gradient.sign_()
-        elif config.optimizer == "sgd":
-            step = gradient
+    def _loss(
+        self,
+        encodings: Tensor,
+        labels: Tensor,
+        present: list[int],
+        rows: list[Tensor],
+        bias: list[Tensor],
+        keys: Tensor,
+    ) -> Tensor:
+        """Mean loss of a batch by the rows N x d and biases N of each class that it concerns."""
+        config, inputs = self.config, self._inputs(encodings)
+        cosines = F.normalize(self._centred(encodings)) @ keys.T
+        memberships = self._memberships(cosines)
+        weights = self._vote_weights(cosines, memberships)
+        if config.loss == "dot":
+            # The vote for the own class of each sample is all that is needed.
+            total = torch.zeros(())
+            for c, w, b in zip(present, rows, bias, strict=True):
+                own = labels == c
+                total = total - self._votes(inputs[own], weights[own], w[None], b[None]).sum()
+            loss = total / len(labels)
         else:
-            step = self._adam(present, gradient)
-        self.weight.index_add_(0, present, step[..., :-1], alpha=-config.lr)
-        self.bias.index_add_(0, present, step[..., -1], alpha=-config.lr)
+            votes = self._votes(inputs, weights, torch.stack(rows), torch.stack(bias))
+            loss = F.cross_entropy(votes, torch.searchsorted(torch.tensor(present), labels))
+        if keys.requires_grad and config.key_pull:
+            loss = loss + config.key_pull * ((1 - cosines) * memberships).sum(1).mean()
+        return loss
 
-    def _adam(self, present: Tensor, gradient: Tensor) -> Tensor:
-        """Adam (arXiv:1412.6980) that leaves moments of absent classes alone."""
-        first: Tensor = self.first.index_select(0, present).lerp_(gradient, 0.1)  # type: ignore[operator]
-        second: Tensor = self.second.index_select(0, present).lerp_(gradient**2, 1e-3)  # type: ignore[operator]
-        self.first[present], self.second[present] = first, second  # type: ignore[index]
-        self.updates[present] += 1  # type: ignore[index]
-        t = self.updates[present][:, None, None].to(gradient.dtype)  # type: ignore[index]
+    def _update(self, c: int, rows: Tensor, bias: Tensor) -> None:
+        """Take a step of class c, against the gradients N x d and N."""
+        if self.config.optimizer == "sign":
+            rows, bias = rows.sign_(), bias.sign_()
+        elif self.config.optimizer == "adam":
+            step = self._adam(c, torch.cat((rows, bias[:, None]), 1))
+            rows, bias = step[:, :-1], step[:, -1]
+        self.weight[c].sub_(rows, alpha=self.config.lr)
+        self.bias[c].sub_(bias, alpha=self.config.lr)
+
+    def _adam(self, c: int, gradient: Tensor) -> Tensor:
+        """Step of Adam (arXiv:1412.6980), N x (d + 1); moments of absent classes stay."""
+        first = self.first[c].lerp_(gradient, 0.1)
+        second = self.second[c].lerp_(gradient**2, 1e-3)
+        self.updates[c] += 1
+        t = int(self.updates[c])
         return (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)

@@ -211,7 +211,7 @@ class MomentLearner(OnlineLearner):
     """Learners that are functions of the moments of a fixed map of the encodings.
 
     The moments are sums over the samples, so that what is learned does not depend on their order
-    nor on how they are cut into batches. They are accumulated in double precision.
+    nor on how they are cut into batches, up to rounding. They are accumulated in double precision.
 
     Args:
         dim: encoding width d.
@@ -233,9 +233,10 @@ class MomentLearner(OnlineLearner):
         return encodings
 
     def _learn(self, encodings: Tensor, labels: Tensor) -> None:
-        features = self._features(encodings).to(self.gram.dtype)
-        self.gram.addmm_(features.T, features)
-        self.sums.index_add_(0, labels, features)
+        features = self._features(encodings)
+        # The product of one batch is exact enough in its own precision; the sum over all is not.
+        self.gram += features.T @ features
+        self.sums.index_add_(0, labels, features.to(self.sums.dtype))
         self._solution = None
 
     def _scores(self, encodings: Tensor) -> Tensor:

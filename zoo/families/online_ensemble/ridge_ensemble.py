@@ -4,7 +4,7 @@ The classifiers of `zoo.families.online_ensemble.ensemble` are trained one step 
 if it were alone. Here classifier n sees a few random features of the encoding, weighted by how far
 the gate selects it,
 
-    h_n(z) = a_n(z) [1, relu(P_n (z - m) / s)],
+    h_n(z) = a_n(z) [1, P_n (z - m) / s],
 
 one more classifier sees all of (z - m) / s ungated, and the votes of all of them are summed. That
 sum is linear in the weights, so the weights that fit one-hot targets best, given every sample seen
@@ -44,9 +44,10 @@ class RidgeEnsembleConfig:
     classifiers: int = 128
     """Number of gated classifiers N."""
     features: int = 8
-    """Random features M that each of them sees besides its membership."""
-    gate: GateConfig = GateConfig(kind="entropic", k=16, temperature=0.04)
-    """How an encoding selects classifiers, by cosines of centred encodings and keys."""
+    """Random projections M of the encoding that each of them sees besides its membership."""
+    gate: GateConfig = GateConfig(kind="entropic", k=16, temperature=1.0)
+    """How an encoding selects classifiers, by cosines of centred encodings and keys; the
+    temperature is in standard deviations of the cosines in the first batch."""
     ridge: float = 1e-3
     """Penalty over the mean diagonal entry of the centred Gram matrix."""
     seed: int = 0
@@ -68,7 +69,8 @@ class RidgeEnsembleConfig:
 class RidgeEnsemble(MomentLearner):
     """N gated classifiers and an ungated one, solved together from moments.
 
-    The first batch fixes the centre m and the scale s; all else is a sum over the samples.
+    The first batch fixes the centre m, the scale s and the width of the gate; all else is a sum over
+    the samples.
 
     Args:
         dim: encoding width d.
@@ -80,6 +82,7 @@ class RidgeEnsemble(MomentLearner):
     projections: Tensor
     centre: Tensor
     scale: Tensor
+    width: Tensor
 
     def __init__(
         self, dim: int, config: RidgeEnsembleConfig, num_classes: int = 0, grows: bool = True
@@ -90,29 +93,37 @@ class RidgeEnsemble(MomentLearner):
         self.register_buffer("keys", F.normalize(normal_rows(n, dim, config.seed)))
         self.register_buffer("projections", normal_rows(n * m, dim, config.seed, first=n))
         self.register_buffer("centre", torch.zeros(dim))
-        self.register_buffer("scale", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("width", torch.ones(()))
 
     def memberships(self, encodings: Tensor) -> Tensor:
         """How far each classifier is selected, B x N."""
         return self._memberships(encodings - self.centre)
 
     def _memberships(self, centred: Tensor) -> Tensor:
-        return gate(F.normalize(centred) @ self.keys.T, self.config.gate)
+        temperature = self.config.gate.temperature * self.width
+        return gate(F.normalize(centred) @ self.keys.T, self.config.gate, temperature)
 
     def _features(self, encodings: Tensor) -> Tensor:
         """What all classifiers see, B x D: first the ungated, then the memberships."""
         centred = encodings - self.centre
         a, x = self._memberships(centred), centred / self.scale
-        seen = F.linear(x, self.projections).relu().unflatten(1, (a.shape[1], -1))
+        seen = F.linear(x, self.projections).unflatten(1, (a.shape[1], -1))
         return torch.cat((x, a, (a.unsqueeze(-1) * seen).flatten(1)), 1)
 
     def _learn(self, encodings: Tensor, labels: Tensor) -> None:
         if not bool(self.counts.any()):
-            self.centre.copy_(encodings.mean(0))
-            spread = (encodings - self.centre).norm(dim=1).mean()
-            # A batch of one has no spread; its own length is the scale then.
-            self.scale.copy_(spread if float(spread) > 0 else encodings.norm().clamp_min(1e-6))
+            self._calibrate(encodings)
         super()._learn(encodings, labels)
+
+    def _calibrate(self, encodings: Tensor) -> None:
+        # The mean of one sample is the sample; it would be left with nothing to be centred.
+        if len(encodings) > 1:
+            self.centre.copy_(encodings.mean(0))
+        centred = encodings - self.centre
+        smallest = torch.finfo(centred.dtype).eps
+        self.scale.copy_(centred.norm(dim=1).mean().clamp_min(smallest))
+        self.width.copy_((F.normalize(centred) @ self.keys.T).std(correction=0).clamp_min(smallest))
 
     def _solve(self) -> tuple[Tensor, Tensor]:
         return solve_ridge(self.gram, self.sums, self.counts, self.config.ridge)
