@@ -55,6 +55,18 @@ _architectures = {
             task="language-modeling",
             module="zoo.tasks.language_modeling:LanguageModel",
         ),
+        Architecture(
+            name="online-ensemble",
+            family="online-ensemble",
+            task="online-learning",
+            module="zoo.tasks.online_learning:OnlineClassifier",
+        ),
+        Architecture(
+            name="online-ensemble-encoder",
+            family="online-ensemble",
+            task="representation-learning",
+            module="zoo.tasks.encoder_training:EncoderTraining",
+        ),
     ]
 }
 

@@ -43,7 +43,9 @@ __all__ = [
 ]
 
 DATA_MODULES: dict[str, str] = {
+    "encoder-images": "zoo.data.encoder_images:EncoderImages",
     "images": "zoo.data.images:ImageDataModule",
+    "streams": "zoo.data.streams:StreamDataModule",
     "text": "zoo.data.text:TextDataModule",
 }
 """Data modules that a recipe can name."""

@@ -7,9 +7,9 @@ in Document Processing Platform", arXiv:2307.05399.
 """
 
 from zoo.families.online_ensemble.encoders import (
-    Autoencoder,
-    EncoderClassifier,
     EncoderConfig,
+    EncoderNetwork,
+    EncoderNetworkConfig,
     build_encoder,
     convert_efficientnet_lite0,
 )
@@ -46,9 +46,9 @@ from zoo.families.online_ensemble.ridge_ensemble import RidgeEnsemble, RidgeEnse
 __all__ = [
     "ENSEMBLE_PRESETS",
     "AnchorConfig",
-    "Autoencoder",
-    "EncoderClassifier",
     "EncoderConfig",
+    "EncoderNetwork",
+    "EncoderNetworkConfig",
     "EnsembleConfig",
     "GateConfig",
     "GatedEnsemble",

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    "Autoencoder",
     "AutoencoderEncoder",
     "ConvEncoder",
     "EfficientNetEncoder",
-    "EncoderClassifier",
     "EncoderConfig",
+    "EncoderNetwork",
+    "EncoderNetworkConfig",
     "build_encoder",
     "convert_efficientnet_lite0",
 ]
@@ -184,35 +184,59 @@ def convert_efficientnet_lite0(state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return dict(zip(own, body.values(), strict=True))
 
 
-class Autoencoder(nn.Module):
-    """The encoder with what only its training needs: deviations of the code and a decoder.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderNetworkConfig:
+    """An encoder and what trains it.
 
-    The decoder mirrors the encoder: an MLP of 128 units, then two transposed convolutions.
-
-    Args:
-        config: shape of the images and of the code; `kind` must be "autoencoder".
+    Raises:
+        ValueError: the objective does not fit the encoder.
     """
 
-    def __init__(self, config: EncoderConfig) -> None:
+    encoder: EncoderConfig = EncoderConfig()
+    """The encoder."""
+    num_classes: int = 0
+    """Classes that a head over the encoder names; 0: it is trained as part of an autoencoder."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {self.num_classes}")
+        if not self.num_classes and self.encoder.kind != "autoencoder":
+            raise ValueError(f"a {self.encoder.kind} encoder has no decoder; it needs num_classes")
+
+
+class EncoderNetwork(nn.Module):
+    """An encoder with what only its training needs: a decoder, or a head.
+
+    The decoder mirrors the autoencoder's encoder: an MLP of 128 units, then two convolutions.
+
+    Args:
+        config: which encoder and objective.
+    """
+
+    def __init__(self, config: EncoderNetworkConfig) -> None:
         super().__init__()
-        flat = 16 * config.image_size**2
-        self.encoder = AutoencoderEncoder(config)
+        self.config, encoder = config, config.encoder
+        self.encoder = build_encoder(encoder)
+        if config.num_classes:
+            self.head = nn.Linear(encoder.dim, config.num_classes)
+            return
+        flat = 16 * encoder.image_size**2
         self.deviation = nn.Sequential(
-            nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, config.dim), nn.ReLU()
+            nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, encoder.dim), nn.ReLU()
         )
         self.decoder = nn.Sequential(
-            nn.Linear(config.dim, 128),
+            nn.Linear(encoder.dim, 128),
             nn.ReLU(),
             nn.Linear(128, flat),
             nn.ReLU(),
-            nn.Unflatten(1, (16, config.image_size, config.image_size)),
+            nn.Unflatten(1, (16, encoder.image_size, encoder.image_size)),
             nn.Conv2d(16, 16, 4, padding="same"),
             nn.ReLU(),
-            nn.Conv2d(16, config.channels, 4, padding="same"),
+            nn.Conv2d(16, encoder.channels, 4, padding="same"),
         )
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Reconstruction and divergence.
+    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Reconstruction by an autoencoder, and the divergence of its code.
 
         Args:
             images: B x C x H x W in [0, 1].
@@ -222,6 +246,7 @@ class Autoencoder(nn.Module):
             Images, B x C x H x W, and per image the Kullback-Leibler divergence of the code from a
             standard normal, averaged over its d entries, B.
         """
+        assert isinstance(self.encoder, AutoencoderEncoder)
         features = self.encoder.convolutions(images)
         mean = self.encoder.mean(features).tanh()
         deviation = self.deviation(features) + 1e-10
@@ -229,21 +254,20 @@ class Autoencoder(nn.Module):
         code = mean if noise is None else mean + deviation * noise
         return self.decoder(code), divergence.mean(1)
 
-
-class EncoderClassifier(nn.Module):
-    """An encoder under a linear head, for training it on labelled images of another set.
-
-    Args:
-        config: shape of the encoder.
-        num_classes: classes of the head.
-    """
-
-    def __init__(self, config: EncoderConfig, num_classes: int) -> None:
-        super().__init__()
-        self.encoder = build_encoder(config)
-        self.head = nn.Linear(config.dim, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
+    def classify(self, images: Tensor) -> Tensor:
         """Logits, B x classes, of images B x C x H x W in [0, 1]."""
         logits: Tensor = self.head(self.encoder(images))
         return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encodings, B x d, of images B x C x H x W in [0, 1]."""
+        encodings: Tensor = self.encoder(images)
+        return encodings
+
+    def group_matcher(self) -> dict[str, str]:
+        """Parameter name patterns from input to output."""
+        return {"stem": r"^encoder", "head": r"^(head|deviation|decoder)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay: vectors."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
