@@ -26,6 +26,9 @@ from zoo.families.online_ensemble.learners import OnlineLearner, normal_rows
 
 __all__ = ["ENSEMBLE_PRESETS", "EnsembleConfig", "GatedEnsemble", "ensemble_preset"]
 
+_TRUNCATED_STD = 0.87962566103423978
+"""Standard deviation of a normal distribution that is cut at two of its own."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EnsembleConfig:
@@ -188,6 +191,7 @@ class GatedEnsemble(OnlineLearner):
             if name == "weight":
                 nn.init.trunc_normal_(values, generator=generator)
                 values *= ((config.init_fan or config.classifiers) * self.dim) ** -0.5
+                values /= _TRUNCATED_STD
             elif config.init_bias:
                 nn.init.uniform_(values, -1, 1, generator=generator)
                 values *= self.dim**-0.5
