@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from tests.benchmarks._harness import Comparison, race, repeated
 from torch import Tensor, nn
 
-from tests.benchmarks._harness import Comparison, race, repeated
 from zoo.families.online_ensemble import (
     EnsembleConfig,
     GateConfig,
@@ -58,9 +58,7 @@ def _steps(z: Tensor, y: Tensor, rounds: int) -> list[Comparison]:
         ),
         "streaming LDA": LinearDiscriminant(DIM, num_classes=CLASSES),
         "nearest mean": NearestMean(DIM, num_classes=CLASSES),
-        "ridge, 2048 random features": RidgeClassifier(
-            DIM, projection=2048, num_classes=CLASSES
-        ),
+        "ridge, 2048 random features": RidgeClassifier(DIM, projection=2048, num_classes=CLASSES),
     }
     contestants = {name: repeated(_step(learner, z, y)) for name, learner in learners.items()}
     loop = _Loop(CLASSIFIERS, DIM, CLASSES, learners["E&E"])

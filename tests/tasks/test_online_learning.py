@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,6 @@ def test_a_checkpoint_in_mid_stream_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def fixed() -> OnlineClassifier:
-    import dataclasses
-
     return module(dataclasses.replace(NETWORK, num_classes=3, grows=False))
 
 
@@ -178,10 +177,8 @@ def test_other_mistakes_are_one_line() -> None:
         RidgeEnsembleConfig(classifiers=4, gate=GateConfig(k=5))
     with pytest.raises(ValueError, match="needs num_classes"):
         OnlineNetworkConfig(grows=False)
-    wrong = ImagePreprocessing(
-        size=(9, 8), channels=1, mean=(0.0,), std=(1.0,), classes=("a", "b")
-    )
-    with pytest.raises(ConfigError, match="1 x 9 x 8 .* encoder takes 1 x 8 x 8"):
+    wrong = ImagePreprocessing(size=(9, 8), channels=1, mean=(0.0,), std=(1.0,), classes=("a", "b"))
+    with pytest.raises(ConfigError, match=r"1 x 9 x 8 .* encoder takes 1 x 8 x 8"):
         module(preprocessing=wrong)
     with pytest.raises(ZooError, match="No encoder weights at 'nowhere'"):
         module().load_encoder("nowhere")

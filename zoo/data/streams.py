@@ -1,4 +1,4 @@
-"""Streams of classes: the order in which samples come, once each, and what a learner is asked after.
+"""Streams of classes: the order in which samples come, once each, and what is asked of a learner.
 
 A stream cuts a labelled set into batches. No batch and no learner is told where a task ends; the
 boundaries here are only where it is measured. Test samples of all classes are scored at once, and

@@ -241,7 +241,9 @@ class OnlineClassifier(ZooModule):
             folder = pretrained_folder(str(name))
         path = folder / WEIGHTS_FILE
         if not path.is_file():
-            raise ZooError(f"No encoder weights at {name!r}: neither a folder nor a bundled weight.")
+            raise ZooError(
+                f"No encoder weights at {name!r}: neither a folder nor a bundled weight."
+            )
         prefix = "encoder."
         try:
             stored = load_file(path)
@@ -269,7 +271,8 @@ class OnlineClassifier(ZooModule):
             encodings = self._encodings[batch.rows].to(self.device)
         self.network.learner.learn(encodings, batch.labels.to(self.device))
         # Lightning counts the steps of optimizers, and there is none.
-        self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed += 1
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.total.completed += 1
         if batch.ended is not None and self._test_encodings is not None and self.record is not None:
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             seen = torch.zeros(self.record.num_classes, dtype=torch.bool)

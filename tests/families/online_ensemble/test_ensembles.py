@@ -47,9 +47,9 @@ def unit(x: np.ndarray) -> np.ndarray:
 def votes(learner: GatedEnsemble, batch: Tensor) -> np.ndarray:
     """The forward pass as the papers and the released code have it, a sample at a time."""
     config = learner.config
-    keys, weight, bias = (t.detach().double().numpy() for t in (
-        learner.keys, learner.weight, learner.bias
-    ))
+    keys, weight, bias = (
+        t.detach().double().numpy() for t in (learner.keys, learner.weight, learner.bias)
+    )
     z = batch.double().numpy()
     cosine = np.array([[unit(x) @ unit(k) for k in keys] for x in z])
     temperature = config.gate.temperature
@@ -66,8 +66,10 @@ def votes(learner: GatedEnsemble, batch: Tensor) -> np.ndarray:
         seen = unit(x) if config.inputs == "normalised" else x
         tau = config.squash
         v = np.array(
-            [[tau * np.tanh((weight[j, n] @ seen + bias[j, n]) / tau) for n in range(N)]
-             for j in range(C)]
+            [
+                [tau * np.tanh((weight[j, n] @ seen + bias[j, n]) / tau) for n in range(N)]
+                for j in range(C)
+            ]
         )
         if config.vote == "mispaired":
             order = np.argsort(-c)[:K]

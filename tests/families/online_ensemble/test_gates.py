@@ -178,10 +178,8 @@ def relaxed_bubble_sort(x: list[float], k: int, temperature: float) -> list[floa
         swap = np.eye(n)
         for i in range(layer % 2, n - 1, 2):
             u = (wires[i] - wires[i + 1]) / temperature
-            if abs(u) <= 0.25:
-                keep = u + 0.5
-            else:
-                keep = 1 - 1 / (16 * u) if u > 0 else -1 / (16 * u)
+            tail = 1 / (16 * max(abs(u), 0.25))
+            keep = u + 0.5 if abs(u) <= 0.25 else (1 - tail if u > 0 else tail)
             swap[i : i + 2, i : i + 2] = [[keep, 1 - keep], [1 - keep, keep]]
         permutation, wires = swap @ permutation, swap @ wires
     return permutation[:k].sum(0).tolist()

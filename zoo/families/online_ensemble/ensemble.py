@@ -26,6 +26,8 @@ from zoo.families.online_ensemble.learners import OnlineLearner, normal_rows
 
 __all__ = ["ENSEMBLE_PRESETS", "EnsembleConfig", "GatedEnsemble", "ensemble_preset"]
 
+_GATE = GateConfig(k=16)
+
 _TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a normal distribution that is cut at two of its own."""
 
@@ -42,7 +44,7 @@ class EnsembleConfig:
 
     classifiers: int = 128
     """Number of classifiers N."""
-    gate: GateConfig = GateConfig(k=16)
+    gate: GateConfig = _GATE
     """How an encoding selects classifiers."""
     batch_scaled: bool = False
     """Multiply the temperature by the largest transport cost in the batch, as the released code

@@ -14,7 +14,6 @@ Shape notation: B encodings of a batch, d encoding width, C classes, D features 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -327,9 +326,7 @@ class RidgeClassifier(MomentLearner):
         return solve_ridge(self.gram, self.sums, self.counts, self.ridge)
 
 
-def solve_ridge(
-    gram: Tensor, sums: Tensor, counts: Tensor, ridge: float
-) -> tuple[Tensor, Tensor]:
+def solve_ridge(gram: Tensor, sums: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Ridge regression to one-hot targets with an unpenalised intercept.
 
     Args:
@@ -362,9 +359,7 @@ class SoftmaxClassifier(OnlineLearner):
 
     class_tensors = ("counts", "weight", "bias")
 
-    def __init__(
-        self, dim: int, lr: float = 0.1, num_classes: int = 0, grows: bool = True
-    ) -> None:
+    def __init__(self, dim: int, lr: float = 0.1, num_classes: int = 0, grows: bool = True) -> None:
         super().__init__(dim, num_classes, grows)
         if not lr > 0:
             raise ValueError(f"lr must be positive, got {lr}")

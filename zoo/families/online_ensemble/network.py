@@ -43,6 +43,11 @@ class AnchorConfig:
     """Of the random projection."""
 
 
+# Frozen, so that one of each can be the default of many.
+_ENCODER, _ANCHOR = EncoderConfig(), AnchorConfig()
+_ENSEMBLE, _RIDGE_ENSEMBLE = EnsembleConfig(), RidgeEnsembleConfig()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineNetworkConfig:
     """Shape of an `OnlineNetwork`.
@@ -51,7 +56,7 @@ class OnlineNetworkConfig:
         ValueError: a value is out of range.
     """
 
-    encoder: EncoderConfig = EncoderConfig()
+    encoder: EncoderConfig = _ENCODER
     """The frozen encoder."""
     learner: Literal[
         "ridge-ensemble",
@@ -62,11 +67,11 @@ class OnlineNetworkConfig:
         "softmax",
     ] = "ridge-ensemble"
     """What learns: an ensemble solved together, one trained by gradient, or an anchor."""
-    ridge_ensemble: RidgeEnsembleConfig = RidgeEnsembleConfig()
+    ridge_ensemble: RidgeEnsembleConfig = _RIDGE_ENSEMBLE
     """The ensemble, when `learner` is "ridge-ensemble"."""
-    ensemble: EnsembleConfig = EnsembleConfig()
+    ensemble: EnsembleConfig = _ENSEMBLE
     """The ensemble, when `learner` is "ensemble"."""
-    anchor: AnchorConfig = AnchorConfig()
+    anchor: AnchorConfig = _ANCHOR
     """The anchor, when `learner` is one."""
     num_classes: int = 0
     """Classes there is room for at first."""
@@ -98,7 +103,7 @@ def build_learner(config: OnlineNetworkConfig) -> OnlineLearner:
 
 
 class OnlineNetwork(nn.Module):
-    """Classifies images by what it has learned of a stream of them, one pass, any class at any time.
+    """Classifies images by what it has learned of a stream of them, in one pass.
 
     Args:
         config: its shape.

@@ -32,6 +32,8 @@ from zoo.families.online_ensemble.learners import MomentLearner, normal_rows, so
 
 __all__ = ["RidgeEnsemble", "RidgeEnsembleConfig"]
 
+_GATE = GateConfig(kind="entropic", k=16, temperature=1.0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RidgeEnsembleConfig:
@@ -45,7 +47,7 @@ class RidgeEnsembleConfig:
     """Number of gated classifiers N."""
     features: int = 8
     """Random projections M of the encoding that each of them sees besides its membership."""
-    gate: GateConfig = GateConfig(kind="entropic", k=16, temperature=1.0)
+    gate: GateConfig = _GATE
     """How an encoding selects classifiers, by cosines of centred encodings and keys; the
     temperature is in standard deviations of the cosines in the first batch."""
     ridge: float = 1e-3
@@ -69,8 +71,8 @@ class RidgeEnsembleConfig:
 class RidgeEnsemble(MomentLearner):
     """N gated classifiers and an ungated one, solved together from moments.
 
-    The first batch fixes the centre m, the scale s and the width of the gate; all else is a sum over
-    the samples.
+    The first batch fixes the centre m, the scale s and the width of the gate; all else is a sum
+    over the samples.
 
     Args:
         dim: encoding width d.
