@@ -45,6 +45,9 @@ _LANGUAGE_MODEL = [
 SHRUNK: dict[str, list[str]] = {"cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL]}
 """Architecture -> overrides that make a second's training of any of its recipes."""
 
+LESS_DATA: dict[str, list[str]] = {"text": ["data.validation_fraction=0.01"]}
+"""Data module -> overrides that leave little to measure on."""
+
 
 def write_text(folder: Path, lines: int = 120) -> Path:
     """A text of about 33 bytes per line, the same each time."""

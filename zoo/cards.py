@@ -29,7 +29,10 @@ from zoo.files import FileRecord
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
-_PIPELINE_TAGS = {"language-modeling": "text-generation"}
+_PIPELINE_TAGS = {
+    "image-classification": "image-classification",
+    "language-modeling": "text-generation",
+}
 """Our task -> the Hub's name for it. A task that is not here gets no tag."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

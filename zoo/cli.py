@@ -127,11 +127,13 @@ def _parser() -> _Parser:
     sub = command("load-check", _load_check, "load a model and say which tensors were loaded")
     sub.add_argument("name")
 
-    sub = command("predict", _predict, "score texts: log-likelihood and perplexity")
+    sub = command("predict", _predict, "score texts, or name what is in pictures")
     sub.add_argument("name")
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", help="a text; may be repeated")
     source.add_argument("--file", action="append", help="a text file; may be repeated")
+    source.add_argument("--image", nargs="+", metavar="FILE", help="pictures")
+    sub.add_argument("--top-k", type=int, default=5, help="classes to name of each picture (5)")
 
     sub = command("generate", _generate, "continue a text")
     sub.add_argument("name")
@@ -293,14 +295,14 @@ def _load_text_model(name: str) -> Any:
     return module
 
 
-def _predict(options: argparse.Namespace) -> int:
+def _predict_texts(module: Any, options: argparse.Namespace) -> int:
     from zoo.data.text import read_text
 
     # Surrogates stand for bytes that are not UTF-8, so that every byte of a file is scored.
     texts = options.text or [
         bytes(read_text(path).tolist()).decode("utf-8", "surrogateescape") for path in options.file
     ]
-    scores = _load_text_model(options.name).predict(texts)
+    scores = module.predict(texts)
     if options.json:
         _print_json(
             [
@@ -328,6 +330,52 @@ def _predict(options: argparse.Namespace) -> int:
     ]
     _table(["text", "bytes", "log-likelihood", "nats per byte", "perplexity"], rows)
     return OK
+
+
+def _predict_images(module: Any, options: argparse.Namespace) -> int:
+    predictions = module.predict(options.image, top_k=options.top_k)
+    if options.json:
+        _print_json(
+            [
+                {
+                    "image": path,
+                    "classes": list(prediction.classes),
+                    "probabilities": list(prediction.probabilities),
+                }
+                for path, prediction in zip(options.image, predictions, strict=True)
+            ]
+        )
+        return OK
+    rows = [
+        [_printable(" ".join(path.split())), _printable(name), f"{probability:.4f}"]
+        for path, prediction in zip(options.image, predictions, strict=True)
+        for name, probability in zip(prediction.classes, prediction.probabilities, strict=True)
+    ]
+    _table(["picture", "class", "probability"], rows)
+    return OK
+
+
+_PREDICTORS: dict[str, tuple[tuple[str, ...], Callable[[Any, argparse.Namespace], int]]] = {
+    "image-classification": (("image",), _predict_images),
+    "language-modeling": (("text", "file"), _predict_texts),
+}
+"""Task -> options that its input comes by, and what shows its predictions."""
+
+
+def _predict(options: argparse.Namespace) -> int:
+    import zoo
+    from zoo.registry import architecture_of
+
+    module = zoo.load(options.name)
+    task = architecture_of(type(module)).task
+    if task not in _PREDICTORS:
+        raise ZooError(f"{options.name} is for {task}, which zoo predict has no input for.")
+    names, show = _PREDICTORS[task]
+    if not any(getattr(options, name) for name in names):
+        raise ZooError(
+            f"{options.name} is for {task}; it takes {' or '.join(f'--{name}' for name in names)}."
+        )
+    return show(module, options)
 
 
 def _generate(options: argparse.Namespace) -> int:

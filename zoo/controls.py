@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from zoo.tasks.base import Measurement
 
-__all__ = ["collect", "find_recipes", "macs_per_token", "paired_difference", "record", "run"]
+__all__ = ["collect", "find_recipes", "paired_difference", "record", "run"]
 
 _OUTCOME = "outcome.json"
 _TIMED_STEPS = 5
@@ -151,6 +151,7 @@ def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence
             "metric": measurement.metric,
             "unit": measurement.unit,
             "kind": measurement.kind,
+            "split": measurement.split,
             "sums": measurement.sums.tolist(),
             "counts": measurement.counts.tolist(),
         }
@@ -180,6 +181,7 @@ def _load_arm(recipe: training.Recipe, seeds: Sequence[int], folder: Path, proto
                 metric=one["metric"],
                 unit=one["unit"],
                 kind=one["kind"],
+                split=one.get("split", "validation"),
                 sums=torch.tensor(one["sums"], dtype=torch.float64),
                 counts=torch.tensor(one["counts"]),
             )
@@ -217,7 +219,8 @@ def _control(
         value=statistics.fmean(values),
         n=first.n,
         interval=evaluation.bootstrap_interval(arm.mean_sums, first.counts),
-        interval_method=f"bootstrap over {len(first.sums)} blocks of the mean over seeds",
+        interval_method=f"bootstrap over {evaluation.units(first)} of the mean over seeds",
+        split=first.split,
     )
     result = evaluation.as_result(
         outcome,
@@ -245,7 +248,7 @@ def _control(
 
 
 def _speeds(recipes: Sequence[training.Recipe]) -> dict[Path, tuple[int, int, float]]:
-    """Parameters, MACs per token and training tokens per second of each recipe.
+    """Parameters, MACs per sample and training samples per second of each recipe.
 
     The recipes take turns, so that a machine whose speed drifts treats them alike; eager mode and
     the median of a few steps, so that the figure needs no compiler.
@@ -255,52 +258,26 @@ def _speeds(recipes: Sequence[training.Recipe]) -> dict[Path, tuple[int, int, fl
     import torch
 
     built = {}
+    times: dict[Path, list[float]] = {recipe.path: [] for recipe in recipes}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # among others, that there is no trainer to log to
         for recipe in recipes:
             cli = training.instantiate(recipe, logger=False, enable_progress_bar=False)
             cli.datamodule.setup()
             batch = next(iter(cli.datamodule.train_dataloader()))
-            built[recipe.path] = (cli.model.network.train(), batch.tokens)
-    times: dict[Path, list[float]] = {path: [] for path in built}
-    states: dict[Path, Any] = dict.fromkeys(built)
-    for _ in range(_TIMED_STEPS + 1):
-        for path, (network, tokens) in built.items():
-            start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16):
-                logits, state = network(tokens[:, :-1], states[path])
-                loss = torch.nn.functional.cross_entropy(
-                    logits.float().flatten(0, 1), tokens[:, 1:].flatten()
-                )
-            torch.autograd.backward(loss)
-            states[path] = state.detach()
-            times[path].append(time.perf_counter() - start)
+            built[recipe.path] = (cli.model.train(), batch, cli.trainer.precision_plugin)
+        for _ in range(_TIMED_STEPS + 1):
+            for path, (module, batch, precision) in built.items():
+                start = time.perf_counter()
+                with precision.forward_context():
+                    loss = module.training_step(batch, 0)
+                torch.autograd.backward(loss)
+                times[path].append(time.perf_counter() - start)
     return {
         path: (
-            sum(p.numel() for p in network.parameters()),
-            macs_per_token(network),
-            tokens[:, 1:].numel() / statistics.median(times[path][1:]),
+            sum(p.numel() for p in module.network.parameters()),
+            module.macs(batch),
+            module.samples(batch) / statistics.median(times[path][1:]),
         )
-        for path, (network, tokens) in built.items()
+        for path, (module, batch, _) in built.items()
     }
-
-
-def macs_per_token(network: Any) -> int:
-    """Multiply-accumulates per token of a forward pass over a segment with memory, as counted by
-    `torch.utils.flop_counter`; causal attention is counted in full."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    was_training = network.training
-    network.eval()
-    segment: int = network.config.segment
-    tokens = torch.zeros(1, segment, dtype=torch.long)
-    # Fused attention on the CPU is not counted at all; its plain form is.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, state = network(tokens)
-        with FlopCounterMode(display=False) as counter:
-            network(tokens, state)
-    network.train(was_training)
-    total: int = counter.get_total_flops()
-    return round(total / 2 / segment)

@@ -181,7 +181,13 @@ def _interval(measurement: Measurement) -> tuple[tuple[float, float], str]:
     if measurement.kind == "proportion":
         return wilson_interval(float(measurement.sums.sum()), measurement.n), "Wilson"
     interval = bootstrap_interval(measurement.sums.double(), measurement.counts)
-    return interval, f"bootstrap over {len(measurement.sums)} blocks, {RESAMPLES} resamples"
+    return interval, f"bootstrap over {units(measurement)}, {RESAMPLES} resamples"
+
+
+def units(measurement: Measurement) -> str:
+    """What is resampled, in words: "10000 images", or blocks of several samples."""
+    several = bool((measurement.counts != 1).any())
+    return f"{len(measurement.counts)} {'block' if several else measurement.unit}s"
 
 
 def evaluate_module(

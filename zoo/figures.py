@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from zoo.errors import DataError, ZooError
 __all__ = ["draw", "losses_by_position", "read_metrics"]
 
 _WINDOW = 10
+
+Metrics = dict[str, list[tuple[int, float]]]
+"""Logged values by name, as (step, value)."""
 
 
 def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> list[Path]:
@@ -36,17 +39,13 @@ def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> li
         ZooError: matplotlib is missing, or the run folder has no metrics.
     """
     out = Path("model_cards/figures") / card.name if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
+    metrics = read_metrics(Path(run))
     folder, _ = hub.resolve(card.name)
     module = checkpoints.load(folder, files=card.files)
-    paths = [_loss_curves(read_metrics(Path(run)), out / "loss.png")]
-    if card.task == "language-modeling":
-        recipe = training.read_recipe(folder / "recipe.yaml")
-        datamodule = training.data_module(recipe)
-        datamodule.setup()
-        paths.append(_by_position(module, datamodule.validation_text, out / "position.png"))
-        if module.network.mixing_weights is not None:
-            paths.append(_mixing(module.network.mixing_weights, out / "mixing.png"))
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ()))]
+    for drawer in _DRAWERS.get(card.task, ()):
+        paths += drawer(module, folder, metrics, out)
     return paths
 
 
@@ -65,7 +64,7 @@ def _figure(path: Path, width: float = 6.0, height: float = 3.5) -> Iterator[Any
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
+def read_metrics(run: Path) -> Metrics:
     """Logged values of a run by name, as (step, value), over all its interruptions.
 
     Raises:
@@ -85,17 +84,19 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {key: sorted(values.items()) for key, values in series.items()}
 
 
-def _loss_curves(metrics: dict[str, list[tuple[int, float]]], path: Path) -> Path:
+def _loss_curves(
+    metrics: Metrics, path: Path, unit: str = "nats", validation: str = "validation"
+) -> Path:
     with _figure(path) as axes:
-        for name, label in (("train_loss", "training"), ("val_loss", "validation (blocks)")):
+        for name, label in (("train_loss", "training"), ("val_loss", validation)):
             if name not in metrics:
                 raise ZooError(f"The run logged no {name}; there is: {', '.join(metrics)}.")
             steps, values = zip(*metrics[name], strict=True)
             if name == "train_loss":
                 values = _smooth(values)
             axes.plot(steps, values, label=label)
-        # The first steps fall from ln 256 and would flatten all that follows.
-        axes.set(xlabel="step", ylabel="nats per character")
+        # The first steps fall from far above and would flatten all that follows.
+        axes.set(xlabel="step", ylabel=unit)
         axes.set_ylim(top=1.2 * metrics["val_loss"][0][1])
         axes.legend(frameon=False)
     return path
@@ -168,3 +169,38 @@ def _mixing(weights: Any, path: Path) -> Path:
         axes.set_yticks(range(len(values)))
         axes.figure.colorbar(image, ax=axes)
     return path
+
+
+def _language_model(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    datamodule = training.data_module(training.read_recipe(folder / "recipe.yaml"))
+    datamodule.setup()
+    paths = [_by_position(module, datamodule.validation_text, out / "position.png")]
+    if module.network.mixing_weights is not None:
+        paths.append(_mixing(module.network.mixing_weights, out / "mixing.png"))
+    return paths
+
+
+def _accuracy(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    path = out / "accuracy.png"
+    with _figure(path) as axes:
+        for name, label in (("val_accuracy", "top 1"), ("val_top5_accuracy", "top 5")):
+            if name in metrics:
+                steps, values = zip(*metrics[name], strict=True)
+                axes.plot(steps, [100 * value for value in values], label=label)
+        axes.set(xlabel="step", ylabel="accuracy, %")
+        axes.legend(frameon=False)
+    return [path]
+
+
+Drawer = Callable[[Any, Path, Metrics, Path], list[Path]]
+
+_LOSS: dict[str, tuple[str, str]] = {
+    "language-modeling": ("nats per character", "validation (blocks)")
+}
+"""Task -> unit of the loss, and what it is validated on."""
+
+_DRAWERS: dict[str, tuple[Drawer, ...]] = {
+    "image-classification": (_accuracy,),
+    "language-modeling": (_language_model,),
+}
+"""Task -> what draws its further figures, of module, checkpoint folder, metrics, output folder."""

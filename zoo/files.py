@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import re
@@ -20,6 +21,9 @@ WEIGHTS_FILE = "model.safetensors"
 
 CHECKPOINT_FILES = (CARD_FILE, CONFIG_FILE, RECIPE_FILE, RESULTS_FILE, WEIGHTS_FILE)
 """All there is in a checkpoint folder; nothing else is ever downloaded or read."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What writing fails with where there is no space or no permission."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

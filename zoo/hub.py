@@ -8,7 +8,6 @@ through. Endpoint, cache folder and offline mode are those of the client (`HF_EN
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -18,12 +17,9 @@ from typing import NamedTuple
 
 from zoo.cards import Card, find, parse, pretrained_folder
 from zoo.errors import CheckpointError, ConfigError, UnknownNameError, ZooError
-from zoo.files import CARD_FILE, CHECKPOINT_FILES, FileRecord, read_bytes
+from zoo.files import CARD_FILE, CHECKPOINT_FILES, NO_ROOM, FileRecord, read_bytes
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-"""What writing to the cache can fail with."""
 
 
 class Located(NamedTuple):
@@ -172,7 +168,7 @@ def _explanation(error: Exception, repo_id: str, revision: str) -> str:
             f"{repo_id} at revision {revision!r} is not in the cache {constants.HF_HUB_CACHE}, "
             f"and the Hub was not reached; load it once with a connection."
         )
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return (
             f"Cannot write to the cache {constants.HF_HUB_CACHE}: {error.strerror}. Make room or "
             f"set HF_HOME to another folder."

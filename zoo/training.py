@@ -15,11 +15,13 @@ import dataclasses
 import importlib
 import inspect
 import os
+import signal
 import sys
+import threading
 import time
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import yaml
 from zoo.cards import shipped_folder
 from zoo.configs import build
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
+from zoo.files import NO_ROOM
 from zoo.registry import architecture
 
 __all__ = [
@@ -210,6 +213,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         # YAML 1.1 takes 1e-3 for a string; people mean a number.
         with contextlib.suppress(ValueError):
             value = float(value)
+    if len(parts) == 1 and isinstance(values.get(key), dict):
+        raise ConfigError(
+            f"{override!r}: {key!r} is a section; name a key in it, as {key}.key=value."
+        )
     node = values
     for part in parts[:-1]:
         child = node.setdefault(part, {})
@@ -336,6 +343,7 @@ def fit(
         ConfigError: the recipe is not usable, or differs from the one that is resumed.
         DataError: the data are missing or too small.
         ZooError: the run folder holds a run and `resume` is False, or cannot be written.
+        KeyboardInterrupt: the training was interrupted; its text says how to go on.
     """
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
@@ -351,9 +359,10 @@ def fit(
         )
     with warnings.catch_warnings():
         _quieten()
+        bar = recipe.options.get("trainer", {}).get("enable_progress_bar", True)
         cli = instantiate(
             recipe,
-            callbacks=_callbacks(folder),
+            callbacks=_callbacks(folder, bar),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # the data modules share batches out themselves
         )
@@ -369,14 +378,13 @@ def fit(
         part = len(list((folder / "logs").glob("part_*")))
         if cli.trainer.logger is not None:
             cli.trainer.logger = CSVLogger(folder, name="logs", version=f"part_{part}")
-        cli.trainer.fit(
-            cli.model,
-            datamodule=cli.datamodule,
-            ckpt_path=str(last) if last.exists() else None,
-            weights_only=True,
-        )
-    if cli.trainer.interrupted:
-        raise ZooError(f"Interrupted; go on with: zoo fit {recipe.path} --out {folder} --resume")
+        with _explained(folder):
+            cli.trainer.fit(
+                cli.model,
+                datamodule=cli.datamodule,
+                ckpt_path=str(last) if last.exists() else None,
+                weights_only=True,
+            )
     from zoo import checkpoints
 
     cli.model.eval()
@@ -410,7 +418,9 @@ def read_facts(run: Path) -> dict[str, Any]:
         raise ZooError(f"{run} is no run folder: it needs last.ckpt and recipe.yaml.")
     content = torch.load(last, map_location="cpu", weights_only=True)
     recipe = read_recipe(run / "recipe.yaml")
-    watch = content["callbacks"]["Stopwatch"]
+    # The key is the qualified name, which says in which function the class stands.
+    watch = next(s for key, s in content["callbacks"].items() if key.endswith("Stopwatch"))
+    averaged = content.get("zoo_published", "network") != "network"
     return {
         "seed": recipe.options.get("seed_everything"),
         "epochs": content["epoch"] + 1,
@@ -420,10 +430,11 @@ def read_facts(run: Path) -> dict[str, Any]:
         "wall_minutes": round(watch["wall_s"] / 60, 1),
         "machine": machine(),
         "source_commit": content.get("zoo_commit"),
+        **({"weights": "exponential moving average"} if averaged else {}),
     }
 
 
-def _callbacks(folder: Path) -> list[Any]:
+def _callbacks(folder: Path, progress_bar: bool) -> list[Any]:
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 
     class Stopwatch(Callback):
@@ -451,15 +462,36 @@ def _callbacks(folder: Path) -> list[Any]:
         def load_state_dict(self, state: dict[str, float]) -> None:
             self.cpu_s, self.wall_s = state["cpu_s"], state["wall_s"]
 
-    on_terminal = sys.stderr.isatty()
+    refresh_rate = 1 if sys.stderr.isatty() else 50
+    bars = [TQDMProgressBar(refresh_rate=refresh_rate)] if progress_bar else []
     return [
         # Without a monitored value the newest checkpoint replaces the one before.
         ModelCheckpoint(
             dirpath=folder, filename="last", save_top_k=1, enable_version_counter=False
         ),
-        TQDMProgressBar(refresh_rate=1 if on_terminal else 50),
+        *bars,
         Stopwatch(),
     ]
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Say what to do when a training is interrupted or has no room."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:  # Lightning's answer to an interrupt; it also ignores further ones
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt(
+            f"; {folder} keeps the epochs that are done: repeat the command, fit and reproduce "
+            "with --resume"
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ZooError(f"Cannot write the run folder {folder}: {error.strerror}.") from error
 
 
 def _quieten() -> None:

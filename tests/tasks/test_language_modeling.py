@@ -1,4 +1,4 @@
-"""Tests of language modelling: sampling, generation in pieces, scores, what a training step does."""
+"""Tests of language modelling: sampling, generation in pieces, scores, training steps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     return model_of(request.param)
 
 
-# --- sampling, against probabilities from their definition ------------------------------------------
+# --- sampling, against probabilities from their definition ---------------------------------------
 
 
 def probabilities(

@@ -194,7 +194,7 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+            return np.empty(0).__reduce__()[0]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
@@ -331,20 +331,6 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 Part = Literal["train", "test"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSet:
-    """A known set of images.
-
-    Attributes:
-        preprocessing: size, statistics of the training images, and names of the classes.
-        train, test: number of images of each part.
-    """
-
-    preprocessing: ImagePreprocessing
-    train: int
-    test: int
-
-
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
@@ -390,31 +376,27 @@ _CIFAR100_DIGESTS: dict[Part, str] = {
 """sha256 over the sorted sha256 of each image with its label; order and encoding do not matter."""
 
 
-def _small(mean: float, std: float, classes: tuple[str, ...]) -> ImageSet:
-    preprocessing = ImagePreprocessing(
-        size=(28, 28), channels=1, mean=(mean,), std=(std,), classes=classes
-    )
-    return ImageSet(preprocessing=preprocessing, train=60_000, test=10_000)
+def _small(mean: float, std: float, classes: tuple[str, ...]) -> ImagePreprocessing:
+    return ImagePreprocessing(size=(28, 28), channels=1, mean=(mean,), std=(std,), classes=classes)
 
 
-def _cifar(classes: tuple[str, ...]) -> ImageSet:
-    preprocessing = ImagePreprocessing(
+def _cifar(classes: tuple[str, ...]) -> ImagePreprocessing:
+    return ImagePreprocessing(
         size=(32, 32),
         channels=3,
         mean=(0.50707516, 0.48654887, 0.44091784),
         std=(0.26733429, 0.25643846, 0.27615047),
         classes=classes,
     )
-    return ImageSet(preprocessing=preprocessing, train=50_000, test=10_000)
 
 
-IMAGE_SETS: dict[str, ImageSet] = {
+IMAGE_SETS: dict[str, ImagePreprocessing] = {
     "mnist": _small(0.13066048, 0.30810781, _DIGITS),
     "fashion-mnist": _small(0.28604060, 0.35302424, _CLOTHES),
     "cifar100": _cifar(_CIFAR100),
     "cifar100-coarse": _cifar(_CIFAR100_GROUPS),
 }
-"""The known sets by name."""
+"""The known sets by name, with the statistics of their training images."""
 
 
 def _read_known(name: str, part: Part, data_dir: str | os.PathLike[str] | None) -> ImageSplit:
@@ -743,7 +725,7 @@ class ImageDataModule(pl.LightningDataModule):
     def preprocessing(self) -> ImagePreprocessing:
         """What a network trained on these images is to be told."""
         if self.path is None:
-            return IMAGE_SETS[self.dataset].preprocessing
+            return IMAGE_SETS[self.dataset]
         values = self._folder[0].images.double().div_(255)
         return ImagePreprocessing(
             size=self.size,

@@ -248,9 +248,17 @@ class TextDataModule(pl.LightningDataModule):
         sampler = StreamSampler(
             len(text), streams, step, self.reset_probability, self.seed, rank, world
         )
-        return DataLoader(_Streams(text, step), sampler=sampler, batch_size=None)
+        return _loader(_Streams(text, step), sampler)
 
     def val_dataloader(self) -> DataLoader[StreamBatch]:
         """Independent blocks of one segment; every byte but the first is a target once."""
         blocks = _Blocks(self.validation_text, self.segment, batch=64)
-        return DataLoader(blocks, batch_size=None)
+        return _loader(blocks)
+
+
+def _loader(
+    batches: Dataset[StreamBatch], sampler: Sampler[_Step] | None = None
+) -> DataLoader[StreamBatch]:
+    # A loader draws a number whenever it is started. From the global source that would shift the
+    # dropout of a resumed run, which starts its loaders at other moments.
+    return DataLoader(batches, sampler=sampler, batch_size=None, generator=torch.Generator())

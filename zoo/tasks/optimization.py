@@ -28,7 +28,7 @@ class OptimizerConfig:
     """Not applied to vectors or to what the network exempts. Decoupled; of SGD, part of the
     gradient."""
     momentum: float = 0.9
-    """Of SGD, in [0, 1)."""
+    """Of SGD, in (0, 1)."""
     schedule: Literal["linear", "cosine", "constant", "one-cycle"] = "linear"
     """Shape of the decay from the peak to zero, over all steps. With "one-cycle" it is a cosine
     that starts where the warm-up ends, so that the peak is reached."""
@@ -44,8 +44,8 @@ class OptimizerConfig:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if not 0.0 < self.momentum < 1.0:
+            raise ValueError(f"momentum must be in (0, 1), got {self.momentum}")
         if self.warmup_fraction is not None and not 0.0 <= self.warmup_fraction < 1.0:
             raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
 

@@ -171,6 +171,19 @@ def test_i_pieces_of_any_size_equal_one_long_call(
     assert all(layer.is_open == (after.position > 0) for layer in after.layers)
 
 
+@pytest.mark.parametrize("memory", ["grc", "grc-masked", "xl"])
+def test_i_the_memory_is_written_at_segment_ends_only(memory: str) -> None:
+    model = model_of(memory)
+    state = model(text(2, SEGMENT, seed=3))[1]
+    for position, token in enumerate(text(2, 3 * SEGMENT).split(1, 1), 1):
+        before = [layer.memory for layer in state.layers]
+        _, state = model(token, state)
+        for old, layer in zip(before, state.layers, strict=True):
+            assert old is not None
+            assert layer.memory is not None
+            assert torch.equal(old, layer.memory) == (position % SEGMENT != 0)
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_one_long_call_equals_segments_without_a_key_value_cache(memory: str) -> None:
     """Only what closed segments left is carried; the open one is computed anew for each token."""

@@ -1,0 +1,778 @@
+"""Tests of zoo.data.images: readers against other readers, augmentation against all it may do."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import itertools
+import os
+import pickle
+import struct
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_images import CLASSES, SIZE, make_images, write_folder
+from torch import Tensor
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
+
+from zoo.data import images, sources
+from zoo.data.images import (
+    IMAGE_SETS,
+    AugmentConfig,
+    ImageDataModule,
+    ImagePreprocessing,
+    ImageSplit,
+    augment_batch,
+    read_idx,
+    read_image,
+    read_image_folder,
+    read_parquet_images,
+)
+from zoo.data.sources import SOURCES, Source
+from zoo.errors import DataError, UnknownNameError
+
+
+def bytes_of(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return file.getvalue()
+
+
+def pixels_of(count: int, size: tuple[int, int] = (32, 32), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
+
+
+# --- IDX ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (4, 28, 28)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_against_torchvision(tmp_path: Path, shape: tuple[int, ...], packed: bool) -> None:
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    content = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+    content += values.tobytes()
+    (tmp_path / "plain").write_bytes(content)
+    path = tmp_path / ("packed.gz" if packed else "plain")
+    if packed:
+        path.write_bytes(gzip.compress(content))
+    found = read_idx(path)
+    assert torch.equal(found, read_sn3_pascalvincent_tensor(str(tmp_path / "plain")))
+    assert np.array_equal(found.numpy(), values)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a", b"", "is no IDX file of unsigned bytes"),
+        ("a", b"\x00\x00\x0d\x01\x00\x00\x00\x01\x00", "is no IDX file of unsigned bytes"),
+        ("a", b"\x00\x00\x08\x03\x00\x00", "ends within its header"),
+        ("a", b"\x00\x00\x08\x01\x00\x00\x00\x05abc", "has 3 values, but its header says 5"),
+        ("a", b"\x00\x00\x08\x01\x00\x00\x00\x00", "holds no values"),
+        ("a.gz", b"not packed", "Cannot read .*a.gz: Not a gzipped file"),
+        ("a.gz", gzip.compress(b"abc" * 99)[:-20], "Cannot read .*a.gz"),
+    ],
+)
+def test_what_is_no_idx_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_idx(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_idx_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No file at"):
+        read_idx(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_mnist_files_are_known_by_what_they_unpack_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    contents = {
+        "test-images": b"\x00\x00\x08\x03" + struct.pack(">3I", 2, 28, 28) + bytes(2 * 784),
+        "test-labels": b"\x00\x00\x08\x01" + struct.pack(">I", 2) + b"\x03\x09",
+    }
+    monkeypatch.setenv("ZOO_CACHE_DIR", str(tmp_path / "cache"))
+    for name, content in contents.items():
+        real = SOURCES[f"mnist-{name}"]
+        made = Source(
+            path=real.path,
+            size=len(content),
+            digest=hashlib.md5(content, usedforsecurity=False).hexdigest(),
+            algorithm="md5",
+            url=None,
+            licence=real.licence,
+            packed=True,
+        )
+        monkeypatch.setitem(sources.SOURCES, f"mnist-{name}", made)
+        path = tmp_path / f"{real.path}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Two levels of compression give two files of the same content.
+        path.write_bytes(gzip.compress(content, len(name) % 9 + 1) if suffix else content)
+    data = ImageDataModule("mnist", data_dir=str(tmp_path))
+    data.setup("test")
+    assert data.test_images.shape == (2, 1, 28, 28)
+    assert data.test_labels.tolist() == [3, 9]
+    path.write_bytes(gzip.compress(content[:-1] + b"\x01") if suffix else content[:-1] + b"\x01")
+    with pytest.raises(DataError, match=r"has md5 .*, expected"):
+        ImageDataModule("mnist", data_dir=str(tmp_path)).setup("test")
+
+
+def test_more_than_expected_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(bytes(50_000_000)))
+    source = Source(path="bomb", size=100, digest="0", url=None, licence="", packed=True)
+    with pytest.raises(DataError, match="has more than 100 unpacked bytes, expected 100"):
+        sources._check(path, source)
+
+
+def test_the_bundled_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("ZOO_DATA_DIR", raising=False)
+    data = ImageDataModule("fashion-mnist")
+    data.setup("test")
+    assert data.test_images.shape == (10_000, 1, 28, 28)
+    assert data.test_labels.bincount().tolist() == [1_000] * 10
+    assert data.preprocessing.classes[int(data.test_labels[0])] == "Ankle boot"
+
+
+# --- parquet and pickles --------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, pictures: list[bytes], labels: list[int], **columns: Any) -> Path:
+    table = {"img": [{"bytes": p, "path": None} for p in pictures], "fine_label": labels}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({**table, **columns}), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
+def test_parquet_of_pictures(tmp_path: Path, kind: str) -> None:
+    pixels = pixels_of(5, (6, 9))
+    path = write_parquet(
+        tmp_path / "a.parquet", [bytes_of(p, kind) for p in pixels], [4, 0, 1, 1, 9]
+    )
+    split = read_parquet_images(path)
+    assert split.images.dtype == torch.uint8
+    assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), pixels)
+    assert split.labels.tolist() == [4, 0, 1, 1, 9]
+
+
+def test_parquet_that_cannot_be_read(tmp_path: Path) -> None:
+    good = bytes_of(pixels_of(1)[0])
+    other = bytes_of(pixels_of(1, (8, 8))[0])
+    cases: list[tuple[list[bytes], str]] = [
+        ([good, b"x" * 50], "Cannot read the picture .*, row 1: it is no picture"),
+        ([good[:200]], "Cannot read the picture .*, row 0: it is damaged"),
+        ([good, other], "has pictures of 2 sizes"),
+        ([], "has no pictures"),
+    ]
+    for pictures, message in cases:
+        path = write_parquet(tmp_path / "a.parquet", pictures, [0] * len(pictures))
+        with pytest.raises(DataError, match=message):
+            read_parquet_images(path)
+    with pytest.raises(DataError, match=r"no column 'fine_labels'\. Did you mean 'fine_label'\?"):
+        read_parquet_images(path, label_column="fine_labels")
+    path.write_bytes(b"PAR1")
+    for wrong in (path, tmp_path / "nowhere.parquet"):
+        with pytest.raises(DataError, match="Cannot read") as caught:
+            read_parquet_images(wrong)
+        assert "\n" not in str(caught.value)
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def cifar_pickle(pixels: np.ndarray, labels: list[int], **more: Any) -> bytes:
+    rows = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+    content = {b"data": rows, b"fine_labels": labels, b"filenames": [b"a"] * len(labels), **more}
+    return pickle.dumps(content, protocol=3)
+
+
+def python_2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """The same as Python 2 wrote it, opcode by opcode: strings where there are bytes today."""
+    rows = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        + b"(K\x01K"
+        + bytes([len(rows)])
+        + b"M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
+        + b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        + b"\x89T"
+        + struct.pack("<i", rows.size)
+        + rows.tobytes()
+        + b"tb"
+    )
+    names = b"](" + b"".join(b"K" + bytes([n]) for n in labels) + b"e"
+    return b"\x80\x02}(U\x04data" + array + b"U\x0bfine_labels" + names + b"u."
+
+
+@pytest.mark.parametrize("write", [cifar_pickle, python_2_pickle])
+def test_a_file_of_the_official_archive(write: Callable[..., bytes]) -> None:
+    pixels = pixels_of(3)
+    content = write(pixels, [7, 0, 99])
+    split = images.read_cifar_pickle(io.BytesIO(content), "train")
+    assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), pixels)
+    assert split.labels.tolist() == [7, 0, 99]
+
+
+def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    pixels = pixels_of(1)
+    hidden = np.empty(1, dtype=object)
+    hidden[0] = Payload(target)
+    for content in (
+        pickle.dumps(Payload(target), protocol=2),
+        cifar_pickle(pixels, [0], batch_label=Payload(target)),
+        cifar_pickle(pixels, [0], batch_label=hidden),
+        pickle.dumps(np.load, protocol=2),
+    ):
+        with pytest.raises(DataError, match="train is no file of CIFAR-100: it asks for"):
+            images.read_cifar_pickle(io.BytesIO(content), "train")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x02", pickle.dumps({}), pickle.dumps(3), pickle.dumps({b"data": [1]})]
+)
+def test_what_is_no_file_of_cifar(content: bytes) -> None:
+    with pytest.raises(DataError, match=r"^train is no file of CIFAR-100"):
+        images.read_cifar_pickle(io.BytesIO(content), "train")
+
+
+# --- CIFAR-100 in three layouts -------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, list[int]]:
+    """A small set in the place of CIFAR-100's test set; what is expected of it."""
+    pixels, labels = pixels_of(7), [3, 99, 0, 1, 4, 2, 50]
+    keys = [
+        hashlib.sha256(image.tobytes() + bytes([label])).hexdigest()
+        for image, label in zip(pixels, labels, strict=True)
+    ]
+    digest = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()
+    monkeypatch.setitem(images._CIFAR100_DIGESTS, "test", digest)
+    monkeypatch.setenv("ZOO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("ZOO_DATA_DIR", raising=False)
+    order = np.argsort(keys)
+    return pixels[order], [labels[i] for i in order]
+
+
+def lay_out(folder: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the set of `cifar` in one of the layouts, shuffled in a way of its own."""
+    order = np.random.default_rng(len(layout)).permutation(7)
+    pixels, labels = pixels_of(7)[order], [[3, 99, 0, 1, 4, 2, 50][i] for i in order]
+    if layout == "parquet":
+        pictures = [bytes_of(p, "WEBP") for p in pixels]
+        write_parquet(folder / "cifar100" / "test-00000-of-00001.parquet", pictures, labels)
+        return
+    content = cifar_pickle(pixels, labels)
+    if layout == "archive":
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w:gz") as archive:
+            member = tarfile.TarInfo("cifar-100-python/test")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        content = file.getvalue()
+    name = "cifar100-archive" if layout == "archive" else "cifar100-test-pickle"
+    real = SOURCES[name]
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    made = Source(
+        path=real.path, size=len(content), digest=digest, algorithm="md5", url=None, licence=""
+    )
+    monkeypatch.setitem(sources.SOURCES, name, made)
+    path = folder / real.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "pickle", "archive"])
+def test_cifar_is_the_same_from_any_layout(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cifar: tuple[np.ndarray, list[int]],
+    layout: str,
+) -> None:
+    lay_out(tmp_path / "data", layout, monkeypatch)
+    data = ImageDataModule("cifar100", data_dir=str(tmp_path / "data"))
+    data.setup("test")
+    assert np.array_equal(data.test_images.permute(0, 2, 3, 1).numpy(), cifar[0])
+    assert data.test_labels.tolist() == cifar[1]
+    coarse = ImageDataModule("cifar100-coarse", data_dir=str(tmp_path / "data"))
+    coarse.setup("test")
+    assert coarse.test_labels.tolist() == [images.CIFAR100_COARSE[n] for n in cifar[1]]
+
+
+def test_cifar_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cifar: tuple[np.ndarray, list[int]]
+) -> None:
+    lay_out(tmp_path / "data", "parquet", monkeypatch)
+    ImageDataModule("cifar100", data_dir=str(tmp_path / "data")).setup("test")
+    (cached,) = (tmp_path / "cache").rglob("*.safetensors")
+    monkeypatch.setattr(images, "_decode_cifar100", None)
+    data = ImageDataModule("cifar100")
+    data.setup("test")
+    assert data.test_labels.tolist() == cifar[1]
+    assert [path.name for path in cached.parent.iterdir() if path.suffix == ".part"] == []
+
+
+def test_a_damaged_cache_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cifar: tuple[np.ndarray, list[int]]
+) -> None:
+    lay_out(tmp_path / "data", "parquet", monkeypatch)
+    for content in (None, b"", b"x" * 100):
+        if content is not None:
+            (cached,) = (tmp_path / "cache").rglob("*.safetensors")
+            cached.write_bytes(content)
+        data = ImageDataModule("cifar100", data_dir=str(tmp_path / "data"))
+        data.setup("test")
+        assert data.test_labels.tolist() == cifar[1]
+
+
+def test_other_images_than_those_of_cifar(
+    tmp_path: Path, cifar: tuple[np.ndarray, list[int]]
+) -> None:
+    pictures = [bytes_of(p) for p in pixels_of(7, seed=1)]
+    write_parquet(tmp_path / "cifar100" / "test-00000-of-00001.parquet", pictures, [0] * 7)
+    with pytest.raises(DataError, match=r"The images of CIFAR-100 \(test\) have the digest"):
+        ImageDataModule("cifar100", data_dir=str(tmp_path)).setup("test")
+
+
+def test_a_set_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("ZOO_DATA_DIR", raising=False)
+    address = "http://127.0.0.1:9/cifar.tar.gz"
+    made = Source(path="c.tar.gz", size=1, digest="0", url=address, licence="none stated")
+    monkeypatch.setitem(sources.SOURCES, "cifar100-archive", made)
+    with pytest.raises(DataError) as caught:
+        ImageDataModule("cifar100", data_dir=str(tmp_path)).setup("test")
+    text = str(caught.value)
+    for part in (
+        "parquet",
+        "cifar-100-python/test",
+        "none stated",
+        f"curl --create-dirs -o {tmp_path}",
+    ):
+        assert part in text
+    assert "\n" not in text
+
+
+def test_names_of_sets() -> None:
+    with pytest.raises(UnknownNameError, match=r"No image set 'cifar10'\. Did you mean 'cifar100'"):
+        ImageDataModule("cifar10")
+    assert {name: len(p.classes) for name, p in IMAGE_SETS.items()} == {
+        "mnist": 10,
+        "fashion-mnist": 10,
+        "cifar100": 100,
+        "cifar100-coarse": 20,
+    }
+    counts = np.bincount(images.CIFAR100_COARSE)
+    assert counts.tolist() == [5] * 20
+    fine, coarse = (IMAGE_SETS[n].classes for n in ("cifar100", "cifar100-coarse"))
+    assert list(fine) == sorted(fine)
+    assert list(coarse) == sorted(coarse)
+    group = {f: coarse[images.CIFAR100_COARSE[i]] for i, f in enumerate(fine)}
+    assert (group["shark"], group["oak_tree"], group["tank"]) == ("fish", "trees", "vehicles_2")
+
+
+has_data = pytest.mark.skipif(
+    not (Path(os.environ.get("ZOO_DATA_DIR", "nowhere")) / "cifar100").is_dir(),
+    reason="needs the data sets in ZOO_DATA_DIR",
+)
+
+
+@has_data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar100"])
+def test_real_sets_have_the_statistics_they_are_normalised_with(name: str) -> None:
+    data = ImageDataModule(name)  # reading it compares the digest
+    data.setup()
+    values = data.train_images.double() / 255
+    assert values.mean((0, 2, 3)).tolist() == pytest.approx(data.preprocessing.mean, abs=1e-7)
+    std = values.std((0, 2, 3), correction=0)
+    assert std.tolist() == pytest.approx(data.preprocessing.std, abs=1e-7)
+    classes = len(data.preprocessing.classes)
+    per_class = 500 if name == "cifar100" else 6_000
+    assert len(data.train_labels) == per_class * classes
+    if name != "mnist":  # whose classes are not of equal size
+        assert data.train_labels.bincount().tolist() == [per_class] * classes
+    assert len(data.test_labels) == 10_000
+
+
+# --- pictures and folders -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_read_image(tmp_path: Path, channels: int) -> None:
+    pixels = pixels_of(1, (5, 7))[0]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png", channels)
+    picture = Image.fromarray(pixels).convert("L" if channels == 1 else "RGB")
+    assert found.shape == (channels, 5, 7)
+    assert np.array_equal(found.numpy().transpose(1, 2, 0).squeeze(), np.asarray(picture).squeeze())
+
+
+def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
+    whole = bytes_of(pixels_of(1)[0])
+    for name, content, message in (
+        ("a.png", b"hello", "it is no picture"),
+        ("b.png", whole[: len(whole) // 2], "it is damaged"),
+        ("c.png", b"", "it is no picture"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"Cannot read the picture .*{name}: {message}"):
+            read_image(tmp_path / name)
+    with pytest.raises(DataError, match=r"No picture at .*nowhere\.png"):
+        read_image(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"Cannot read the picture .*: Is a directory"):
+        read_image(tmp_path)
+
+
+def test_a_folder_of_classes(tmp_path: Path) -> None:
+    pixels, labels = make_images(9)
+    split, classes = read_image_folder(write_folder(tmp_path, 9), SIZE)
+    assert classes == CLASSES
+    order = np.argsort(labels, kind="stable")
+    assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), pixels[order])
+    assert split.labels.tolist() == labels[order].tolist()
+
+
+def test_pictures_of_a_folder_are_resized(tmp_path: Path) -> None:
+    write_folder(tmp_path, 6)
+    split, _ = read_image_folder(tmp_path, (4, 5), channels=1)
+    assert split.images.shape == (6, 1, 4, 5)
+    grey = Image.open(sorted(tmp_path.rglob("*.png"))[0]).convert("L")
+    # Pillow's filter is another antialiased triangle, in integers.
+    reference = np.asarray(grey.resize((5, 4), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(split.images[0, 0].numpy().astype(int) - reference).max() <= 1
+
+
+def make_empty(folder: Path) -> None:
+    pass
+
+
+def make_one_class(folder: Path) -> None:
+    write_folder(folder, 1)
+
+
+def make_class_without_pictures(folder: Path) -> None:
+    write_folder(folder, 9)
+    (folder / "nothing").mkdir()
+
+
+def make_unreadable(folder: Path) -> None:
+    write_folder(folder, 30)
+    for path in sorted((folder / "left").iterdir())[:7]:
+        path.write_bytes(b"no picture")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_empty, "has no folders; it needs one folder of pictures for each of two or more"),
+        (make_one_class, "has one folder, 'dark'; it needs"),
+        (make_class_without_pictures, "The class folder .*nothing has no pictures"),
+        (make_unreadable, r"7 of 30 pictures cannot be read: .*001\.png, .* and 2 more\.$"),
+    ],
+)
+def test_folders_that_cannot_be_used(
+    tmp_path: Path, make: Callable[[Path], None], message: str
+) -> None:
+    make(tmp_path)
+    with pytest.raises(DataError, match=message) as caught:
+        ImageDataModule(path=str(tmp_path), size=SIZE).setup()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="There is no folder"):
+        ImageDataModule(path=str(tmp_path / "nowhere")).setup()
+
+
+def test_a_folder_with_train_and_test(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", 12)
+    write_folder(tmp_path / "test", 6, seed=1)
+    data = ImageDataModule(path=str(tmp_path), size=SIZE)
+    data.setup()
+    assert (len(data.train_labels), len(data.test_labels)) == (12, 6)
+    (tmp_path / "test" / "left").rename(tmp_path / "test" / "links")
+    with pytest.raises(
+        DataError, match=r"Only one of train and test in .* the classes: left, links"
+    ):
+        ImageDataModule(path=str(tmp_path), size=SIZE).setup()
+
+
+# --- what is held out -----------------------------------------------------------------------------
+
+
+def data_of(split: ImageSplit, **options: Any) -> ImageDataModule:
+    """A data module over images in memory, the test set being the same."""
+    data = ImageDataModule("cifar100", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_read_known", lambda name, part, data_dir: split)
+        data.setup()
+    return data
+
+
+def numbered(count: int, classes: int = 5) -> ImageSplit:
+    """Images that all differ: the k-th has k in its pixels, and label k modulo `classes`."""
+    number = torch.arange(count)
+    pixels = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
+    pixels[:, 0] = (number % 251).to(torch.uint8)[:, None, None]
+    pixels[:, 1] = (number // 251).to(torch.uint8)[:, None, None]
+    return ImageSplit(pixels, number % classes)
+
+
+def numbers(pixels: Tensor) -> list[int]:
+    found = pixels[:, 0, 0, 0].long() + 251 * pixels[:, 1, 0, 0].long()
+    return found.tolist()
+
+
+@given(count=st.integers(20, 600), classes=st.integers(2, 5), share=st.floats(0.05, 0.7))
+def test_holdout_is_a_part_of_the_training_set(count: int, classes: int, share: float) -> None:
+    held = max(1, round(share * count))
+    split = numbered(count, classes)
+    data = data_of(split, holdout=held)
+    kept, apart = numbers(data.train_images), numbers(data.holdout_images)
+    assert len(apart) == len(data.holdout_labels) == held
+    assert sorted(kept + apart) == list(range(count))
+    assert data.holdout_labels.tolist() == [n % classes for n in apart]
+    shares = data.holdout_labels.bincount(minlength=classes) / split.labels.bincount()
+    assert (shares - held / count).abs().max() <= 1 / (count // classes)
+    assert numbers(data_of(split, holdout=held, seed=9).holdout_images) == apart
+    assert len(data.validation_labels) == held
+    assert sum(len(batch.targets) for batch in data.val_dataloader()) == held
+    assert sum(len(batch.targets) for batch in data.test_dataloader()) == count
+
+
+def test_holdout_that_leaves_nothing() -> None:
+    with pytest.raises(DataError, match="has 20 training images; 20 cannot be held out"):
+        data_of(numbered(20), holdout=20)
+    with pytest.raises(DataError, match=r"with 18 held out, class . has none left"):
+        data_of(numbered(20), holdout=18)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+PLAIN = ImagePreprocessing(
+    size=(32, 32),
+    channels=3,
+    mean=(0.0,) * 3,
+    std=(1 / 255,) * 3,
+    classes=("a", "b", "c", "d", "e"),
+)
+"""Normalises bytes to themselves."""
+
+
+def test_an_epoch_visits_each_image_once() -> None:
+    data = data_of(numbered(100), batch_size=10)
+    data.preprocessing = PLAIN
+    loader = data.train_dataloader()
+    seen = [numbers(batch.images.round()) for batch in loader]
+    assert [len(batch) for batch in seen] == [10] * 10
+    assert sorted(itertools.chain(*seen)) == list(range(100))
+    assert seen == [numbers(batch.images.round()) for batch in loader], "the epoch is the same"
+    loader.sampler.set_epoch(1)  # type: ignore[attr-defined]
+    assert seen != [numbers(batch.images.round()) for batch in loader]
+    assert seen != [
+        numbers(b.images.round())
+        for b in data_of(numbered(100), batch_size=10, seed=1).train_dataloader()
+    ]
+
+
+def test_the_incomplete_last_batch_is_dropped_and_a_small_set_is_one_batch() -> None:
+    assert [len(b.targets) for b in data_of(numbered(25), batch_size=10).train_dataloader()] == [
+        10,
+        10,
+    ]
+    assert [len(b.targets) for b in data_of(numbered(25), batch_size=99).train_dataloader()] == [25]
+
+
+@given(total=st.integers(1, 40), world_size=st.integers(1, 5), batch=st.integers(1, 7))
+def test_processes_evaluate_each_image_once_in_as_many_batches(
+    total: int, world_size: int, batch: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_EVALUATION_BATCH", batch)
+        parts = [
+            images._EvaluationBatches(numbered(total), PLAIN, rank, world_size)
+            for rank in range(world_size)
+        ]
+    assert len({len(part) for part in parts}) == 1
+    seen = [n for part in parts for i in range(len(part)) for n in numbers(part[i].images.round())]
+    assert sorted(seen) == list(range(total))
+    assert max(len(part[i].targets) for part in parts for i in range(len(part))) <= batch
+
+
+def augmented(
+    split: ImageSplit, config: AugmentConfig, part: slice = slice(None), seed: int = 0
+) -> images.ImageBatch:
+    rows = torch.arange(len(split.labels))
+    return augment_batch(*split, rows, config, PLAIN, np.random.default_rng(seed), part)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_see_together_what_one_would(world_size: int) -> None:
+    config = AugmentConfig(crop_padding=3, flip=True, cutout=5, mixup=0.4)
+    split = ImageSplit(
+        torch.from_numpy(pixels_of(12).transpose(0, 3, 1, 2).copy()), torch.arange(12) % 5
+    )
+    whole = augmented(split, config)
+    for rank in range(world_size):
+        part = augmented(split, config, slice(rank, None, world_size))
+        assert torch.equal(part.images, whole.images[rank::world_size])
+        assert torch.equal(part.targets, whole.targets[rank::world_size])
+
+
+def random_split(count: int, size: tuple[int, int] = (32, 32)) -> ImageSplit:
+    pixels = torch.from_numpy(pixels_of(count, size).transpose(0, 3, 1, 2).copy())
+    return ImageSplit(pixels, torch.arange(count) % 5)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("padding", "size"), [(0, (6, 9)), (2, (6, 9)), (1, (8, 5))])
+def test_crops_and_flips_are_those_there_are(
+    flip: bool, padding: int, size: tuple[int, int]
+) -> None:
+    split = random_split(400, size)
+    batch = augmented(split, AugmentConfig(crop_padding=padding, flip=flip))
+    assert torch.equal(batch.targets, split.labels)
+    counts: dict[tuple[int, int, bool], int] = {}
+    for source, found in zip(split.images.numpy(), batch.images.round().numpy(), strict=True):
+        padded = np.pad(source, ((0, 0), (padding,) * 2, (padding,) * 2))
+        fits = [
+            (top, left, turned)
+            for top in range(2 * padding + 1)
+            for left in range(2 * padding + 1)
+            for turned in (False, True)
+            if np.array_equal(
+                padded[:, top : top + size[0], left : left + size[1]][:, :, :: -1 if turned else 1],
+                found,
+            )
+        ]
+        assert len(fits) == 1
+        counts[fits[0]] = counts.get(fits[0], 0) + 1
+    kinds = (2 * padding + 1) ** 2 * (2 if flip else 1)
+    assert len(counts) == kinds
+    expected = 400 / kinds
+    # Six standard deviations of a binomial count.
+    assert max(abs(n - expected) for n in counts.values()) <= 6 * expected**0.5
+
+
+def test_cutout_is_a_square_of_the_mean() -> None:
+    split = ImageSplit(torch.full((500, 3, 9, 12), 200, dtype=torch.uint8), torch.arange(500) % 5)
+    batch = augmented(split, AugmentConfig(cutout=4))
+    centres = set()
+    for image in batch.images:
+        hole = image[0] == 0
+        assert torch.equal(hole, image[1] == 0)
+        rows, columns = hole.any(1).nonzero().flatten(), hole.any(0).nonzero().flatten()
+        assert int(hole.sum()) == len(rows) * len(columns) > 0
+        assert (rows.diff() == 1).all()
+        assert (columns.diff() == 1).all()
+        assert 2 <= len(rows) <= 4
+        assert 2 <= len(columns) <= 4
+        assert (image[~hole.expand_as(image)] > 199).all()
+        if len(rows) == len(columns) == 4:
+            centres.add((int(rows[0]), int(columns[0])))
+    assert centres == set(itertools.product(range(6), range(9)))
+
+
+def test_mixup_mixes_images_and_labels_by_one_share() -> None:
+    split = random_split(40)
+    batch = augmented(split, AugmentConfig(mixup=1.0))
+    assert batch.targets.shape == (40, 5)
+    assert torch.allclose(batch.targets.sum(1), torch.ones(40))
+    plain = split.images.double()
+    partners = []
+    for index in range(40):
+        # The share and the partner are found from the pixels alone.
+        fits = []
+        for other in range(40):
+            direction = plain[other] - plain[index]
+            offset = batch.images[index].double() - plain[index]
+            size = float(direction.square().sum())
+            weight = float((offset * direction).sum()) / size if size else 0.0
+            if float((offset - weight * direction).abs().max()) < 1e-3:
+                fits.append((other, weight))
+        other, weight = next((f for f in fits if f[0] != index), (index, 0.0))
+        partners.append(other)
+        expected = torch.zeros(5, dtype=torch.double)
+        expected[split.labels[index]] += 1 - weight
+        expected[split.labels[other]] += weight
+        assert torch.allclose(batch.targets[index].double(), expected, atol=1e-4)
+    assert sorted(partners) == list(range(40))
+
+
+def test_nothing_is_augmented_by_default_and_the_set_is_left_alone() -> None:
+    split = random_split(30)
+    before = split.images.clone()
+    assert torch.equal(augmented(split, AugmentConfig()).images.round().byte(), before)
+    augmented(split, AugmentConfig(crop_padding=2, flip=True, cutout=3, mixup=0.2))
+    augmented(split, AugmentConfig(flip=True))
+    assert torch.equal(split.images, before)
+
+
+def test_normalisation() -> None:
+    preprocessing = IMAGE_SETS["cifar100"]
+    split = random_split(3)
+    mean, std = (np.array(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    expected = (split.images.numpy() / 255 - mean) / std
+    found = preprocessing.normalise(split.images)
+    assert found.dtype == torch.float32
+    assert np.abs(found.numpy() - expected).max() < 1e-5
+    assert torch.allclose(preprocessing.normalise(split.images / 255), found, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (0, 3)}, "size must be a height and a width in pixels"),
+        ({"test_fraction": 1.0}, r"test_fraction must be in \(0, 1\)"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"holdout": -1}, "holdout must not be negative"),
+        ({"seed": -1}, "seed must not be negative"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageDataModule(**options)
+
+
+@pytest.mark.parametrize("field", ["crop_padding", "cutout", "mixup"])
+def test_augmentation_out_of_range(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must not be negative, got -1"):
+        AugmentConfig(**{field: -1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": (0, 32)}, "size must be at least 1 x 1"),
+        ({"mean": (0.5,)}, "mean and std need one value for each of 3 channels, got 1 and 3"),
+        ({"std": (1.0, 0.0, 1.0)}, "std must be positive"),
+        ({"classes": ("a",)}, "two or more different names"),
+        ({"classes": ("a", "a")}, "two or more different names"),
+    ],
+)
+def test_preprocessing_out_of_range(change: dict[str, Any], message: str) -> None:
+    values = {"size": (32, 32), "channels": 3, "mean": (0.5,) * 3, "std": (1.0,) * 3}
+    with pytest.raises(ValueError, match=message):
+        ImagePreprocessing(**{**values, "classes": ("a", "b"), **change})

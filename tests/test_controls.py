@@ -1,0 +1,202 @@
+"""Tests of the controls: equal budgets, means and spreads over seeds, paired differences."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import SEGMENT, write_recipe
+
+from zoo import cards, checkpoints, controls, evaluation, training
+from zoo.cards import Control
+from zoo.errors import ZooError
+from zoo.files import RESULTS_FILE, WEIGHTS_FILE
+
+NAME = "cached-transformer-lm.tiny-shakespeare"
+SEEDS = (1, 2)
+ARMS = (
+    "a-none",
+    "b-grc",
+)  # the model's own recipe is the last by name
+
+
+def write_controls(folder: Path) -> Path:
+    """Recipes of the model and of a control without a cache; returns the folder of recipes."""
+    recipes = folder / "recipes"
+    home = recipes / "controls" / NAME
+    home.mkdir(parents=True)
+    model = write_recipe(folder, name="with a cache", differs="the model itself")
+    model.rename(home / "b-grc.yaml")
+    control = {
+        "zoo": {"base": "b-grc.yaml", "name": "without", "differs": "no cache"},
+        "model": {"network": {"memory": "none"}},
+    }
+    (home / "a-none.yaml").write_text(yaml.safe_dump(control))
+    return recipes
+
+
+class Trained(NamedTuple):
+    arms: list[Control]
+    out: Path
+    recipes: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    folder = tmp_path_factory.mktemp("controls")
+    recipes = write_controls(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(controls, "shipped_folder", lambda name: folder / name)
+        yield Trained(controls.run(NAME, seeds=SEEDS, out=folder / "out"), folder / "out", recipes)
+
+
+def outcomes(trained: Trained, arm: str, protocol: str) -> list[dict[str, Any]]:
+    paths = [trained.out / arm / f"seed_{seed}" / "outcome.json" for seed in SEEDS]
+    return [json.loads(path.read_text())["measured"][protocol] for path in paths]
+
+
+def test_there_is_one_for_each_recipe_and_protocol(trained: Trained) -> None:
+    found = [(arm.result.protocol, arm.name, arm.differs, arm.recipe) for arm in trained.arms]
+    model = ("with a cache", "the model itself", f"controls/{NAME}/b-grc.yaml")
+    control = ("without", "no cache", f"controls/{NAME}/a-none.yaml")
+    assert found == [
+        ("stream", *model),
+        ("stream", *control),
+        ("blocks", *model),
+        ("blocks", *control),
+    ]
+    for arm in trained.arms:
+        assert arm.result.seeds == SEEDS
+        assert arm.result.command == f"zoo controls {NAME}"
+
+
+def test_values_are_means_over_seeds_of_what_the_checkpoints_give(trained: Trained) -> None:
+    recipe_of = {"with a cache": "b-grc", "without": "a-none"}
+    for arm in trained.arms:
+        values = []
+        for seed in SEEDS:
+            folder = trained.out / recipe_of[arm.name] / f"seed_{seed}"
+            evaluated = evaluation.evaluate(folder / "checkpoint", protocols=[arm.result.protocol])
+            values.append(evaluated.value)
+            assert evaluated.n == arm.result.n
+            recipe = training.read_recipe(folder / "recipe.yaml")
+            assert recipe.options["seed_everything"] == recipe.options["data"]["seed"] == seed
+        assert len(set(values)) == len(SEEDS), "seeds make a difference"
+        assert arm.result.value == pytest.approx(statistics.fmean(values), rel=1e-6)
+        assert arm.result.seed_spread == pytest.approx(statistics.stdev(values), rel=1e-3)
+        assert arm.result.interval[0] < arm.result.value < arm.result.interval[1]
+
+
+def test_differences_are_paired_and_have_an_interval(trained: Trained) -> None:
+    for protocol in ("stream", "blocks"):
+        model, control = (a for a in trained.arms if a.result.protocol == protocol)
+        assert model.difference is model.difference_interval is None
+        expected = control.result.value - model.result.value
+        assert control.difference == pytest.approx(expected, abs=1e-9)
+        sums = [
+            np.mean([run["sums"] for run in outcomes(trained, arm, protocol)], 0) for arm in ARMS
+        ]
+        counts = np.array(outcomes(trained, ARMS[0], protocol)[0]["counts"])
+        reference = scipy.stats.bootstrap(
+            (sums[0] - sums[1], counts),
+            lambda d, c, axis: d.sum(axis) / c.sum(axis),
+            paired=True,
+            method="percentile",
+            n_resamples=10_000,
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        assert control.difference_interval is not None
+        # Four standard errors of the difference of two bootstrap ends; see test_evaluation.
+        tolerance = 4 * 2**0.5 * 0.027 * (reference.high - reference.low) / 3.92
+        assert control.difference_interval == pytest.approx(tuple(reference), abs=tolerance)
+
+
+def test_a_paired_interval_is_narrower_than_an_unpaired_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.full((200,), 10)
+    units = 10 * torch.randn(200, generator=generator, dtype=torch.float64)
+    a = units + 0.1 * torch.randn(200, generator=generator, dtype=torch.float64) + 1.0
+    value, (low, high) = controls.paired_difference(a, units, counts)
+    assert value == pytest.approx(float((a - units).sum() / 2000), rel=1e-12)
+    assert low < value < high
+    unpaired = evaluation.bootstrap_interval(a, counts)
+    assert high - low < 0.1 * (unpaired[1] - unpaired[0])
+    assert controls.paired_difference(units, units, counts) == (0.0, (0.0, 0.0))
+
+
+def test_parameters_and_macs_are_counted(trained: Trained) -> None:
+    dim, cache, slots, hidden, vocabulary = 16, 8, 8, 64, 256
+    plain = 4 * SEGMENT * dim**2 + 2 * SEGMENT**2 * dim  # attention
+    plain += 2 * SEGMENT * dim * hidden + SEGMENT * dim * vocabulary  # feed-forward, head
+    grc = 8 * slots * cache**2 + SEGMENT * cache**2 + 2 * SEGMENT * slots * cache
+    for arm, recipe in zip(trained.arms, ("b-grc", "a-none") * 2, strict=True):
+        stored = load_file(trained.out / recipe / "seed_1" / "checkpoint" / WEIGHTS_FILE)
+        assert arm.parameters == sum(tensor.numel() for tensor in stored.values())
+        expected = (plain + (grc if recipe == "b-grc" else 0)) / SEGMENT
+        assert arm.macs == pytest.approx(expected, abs=0.51)
+
+
+def test_speeds_are_stated_with_their_unit(trained: Trained) -> None:
+    for arm in trained.arms:
+        number, unit = arm.speed.split(" ", 1)
+        assert float(number.replace(",", "")) > 0
+        assert unit == "characters/s"
+
+
+def test_finished_runs_are_kept(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "fit", fail)
+    again = controls.run(NAME, seeds=SEEDS, out=trained.out)
+    assert [a.result.value for a in again] == [a.result.value for a in trained.arms]
+    (one,) = [a for a in controls.run(NAME, seeds=(2,), out=trained.out) if a.difference is None][
+        :1
+    ]
+    assert one.result.seed_spread is None
+    with pytest.raises(AssertionError, match="trained again"):
+        controls.run(NAME, seeds=(1, 2, 3), out=trained.out)
+
+
+def test_a_missing_run(trained: Trained) -> None:
+    with pytest.raises(ZooError, match="The run of b-grc with seed 7 is missing at "):
+        controls.collect(NAME, seeds=(7,), out=trained.out)
+
+
+def test_record(trained: Trained, tmp_path: Path) -> None:
+    source = trained.out / "b-grc" / "seed_1" / "checkpoint"
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ZooError, match=r"has no results: zoo evaluate .* --record"):
+        controls.record(trained.arms, folder)
+    evaluation.record(folder, NAME)
+    before = cards.read_measurements(folder / RESULTS_FILE)
+    controls.record(trained.arms, folder)
+    after = cards.read_measurements(folder / RESULTS_FILE)
+    assert after.results == before.results
+    assert after.controls == tuple(trained.arms)
+    spreads = [a.result.seed_spread for a in trained.arms if a.name == "with a cache"]
+    assert len(spreads) == 2
+    assert after.training["reproduction_tolerance"] == 3 * max(s for s in spreads if s is not None)
+    assert checkpoints.load(folder).load_report.initialised == ()
+
+
+def test_the_models_own_recipe_comes_first(trained: Trained) -> None:
+    assert [path.stem for path in controls.find_recipes(NAME)] == ["b-grc", "a-none"]
+
+
+def test_a_weight_without_controls() -> None:
+    with pytest.raises(ZooError) as caught:
+        controls.find_recipes("nothing.here")
+    assert str(caught.value) == "There are no controls for 'nothing.here' under recipes/controls/."

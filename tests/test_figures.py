@@ -1,0 +1,139 @@
+"""Tests of the figures: what is drawn is checked as numbers, the drawing as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SEGMENT, write_recipe
+
+from zoo import cards, checkpoints, figures, hub, training
+from zoo.cards import Card
+from zoo.errors import DataError, ZooError
+from zoo.files import FileRecord
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> training.Run:
+    folder = tmp_path_factory.mktemp("figures")
+    overrides = ["trainer.max_epochs=2", "trainer.log_every_n_steps=1"]
+    return training.fit(write_recipe(folder), overrides, out=folder / "run")
+
+
+@pytest.fixture
+def card(run: training.Run, monkeypatch: pytest.MonkeyPatch) -> Card:
+    """The card of a tiny weight, which is found in its run folder."""
+    files = tuple(FileRecord.of(p.name, p.read_bytes()) for p in run.checkpoint.iterdir())
+    found = dataclasses.replace(cards.find("cached-transformer-lm"), files=files)
+    monkeypatch.setattr(hub, "resolve", lambda name: hub.Located(run.checkpoint, found))
+    return found
+
+
+@torch.no_grad()
+def naive_losses(run: training.Run, text: list[int], memory: bool) -> list[float]:
+    """One byte at a time; positions of whole segments, without the first."""
+    network = checkpoints.load(run.checkpoint).network
+    whole = (len(text) - 1) // SEGMENT
+    sums, state = torch.zeros(SEGMENT, dtype=torch.float64), None
+    for index in range(whole * SEGMENT):
+        if index % SEGMENT == 0 and not memory:
+            state = None
+        logits, state = network(torch.tensor([[text[index]]]), state)
+        if index >= SEGMENT:
+            loss = -logits[0, -1].double().log_softmax(-1)[text[index + 1]]
+            sums[index % SEGMENT] += loss
+    found: list[float] = (sums / (whole - 1)).tolist()
+    return found
+
+
+@pytest.mark.parametrize("rest", [1, 5, SEGMENT])
+@pytest.mark.parametrize("memory", [True, False])
+def test_losses_by_position(run: training.Run, memory: bool, rest: int) -> None:
+    text = run.datamodule.text[: 4 * SEGMENT + rest]
+    module = checkpoints.load(run.checkpoint)
+    found = figures.losses_by_position(module, text, memory)
+    expected = naive_losses(run, text.tolist(), memory)
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_memory_is_what_makes_the_difference(run: training.Run) -> None:
+    module = checkpoints.load(run.checkpoint)
+    with torch.no_grad():  # a tiny net of two steps hardly uses its cache
+        for block in module.network.blocks:
+            block.attention.mixing_logits.fill_(3.0)
+    text = run.datamodule.text[: 4 * SEGMENT + 1]
+    losses = [figures.losses_by_position(module, text, memory) for memory in (True, False)]
+    assert not torch.allclose(losses[0], losses[1], rtol=1e-6, atol=0)
+
+
+def test_a_text_too_short_for_positions(run: training.Run) -> None:
+    module = checkpoints.load(run.checkpoint)
+    with pytest.raises(DataError, match=rf"The text has {2 * SEGMENT} bytes, too few"):
+        figures.losses_by_position(module, run.datamodule.text[: 2 * SEGMENT], True)
+
+
+def test_metrics_of_an_interrupted_run(tmp_path: Path) -> None:
+    parts = {
+        "part_0": "epoch,step,train_loss,val_loss\n0,0,5.0,\n0,1,4.5,\n0,1,,4.4\n1,2,9.0,\n",
+        "part_2": "epoch,step,train_loss,val_loss\n1,2,4.0,\n1,3,,3.9\n",
+        "part_10": "epoch,step,train_loss\n2,3,3.0\n",
+    }
+    for name, content in parts.items():
+        folder = tmp_path / "logs" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(content)
+    assert figures.read_metrics(tmp_path) == {
+        "train_loss": [(0, 5.0), (1, 4.5), (2, 4.0), (3, 3.0)],
+        "val_loss": [(1, 4.4), (3, 3.9)],
+    }
+
+
+def test_a_run_without_metrics(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=r"No metrics under .*/logs; is this a run folder\?"):
+        figures.read_metrics(tmp_path)
+
+
+def test_the_mean_of_the_last_few_values() -> None:
+    values = tuple(float(i * i % 17) for i in range(40))
+    found = figures._smooth(values)
+    assert len(found) == len(values)
+    for i, value in enumerate(found):
+        window = values[max(0, i - 9) : i + 1]
+        assert value == pytest.approx(sum(window) / len(window))
+
+
+def test_drawn_twice_it_is_the_same_file(card: Card, run: training.Run, tmp_path: Path) -> None:
+    first = figures.draw(card, run.folder, tmp_path / "a")
+    second = figures.draw(card, run.folder, tmp_path / "b")
+    assert [path.name for path in first] == ["loss.png", "position.png", "mixing.png"]
+    for one, other in zip(first, second, strict=True):
+        content = one.read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        assert len(content) > 3_000
+        assert other.read_bytes() == content
+
+
+def test_the_folder_of_a_cards_figures(
+    card: Card, run: training.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = figures.draw(card, run.folder)
+    assert {path.parent for path in paths} == {Path("model_cards/figures") / card.name}
+    assert all(path.is_file() for path in paths)
+
+
+def test_without_matplotlib(
+    card: Card, run: training.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ZooError) as caught:
+        figures.draw(card, run.folder, tmp_path / "a")
+    assert str(caught.value) == "Figures need matplotlib: pip install 'zoo[figures]'."
+
+
+def test_a_run_that_logged_something_else(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=r"The run logged no train_loss; there is: other\."):
+        figures._loss_curves({"other": [(0, 1.0)]}, tmp_path / "loss.png")

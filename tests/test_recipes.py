@@ -1,0 +1,138 @@
+"""Tests of the recipes: each of them trains, is measured and predicts, and agrees with its card."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import LESS_DATA, SHRUNK
+
+from tests.examples import example
+from zoo import cards, checkpoints, controls, evaluation, training
+from zoo.configs import build
+from zoo.registry import ARCHITECTURES
+from zoo.training import Recipe, read_recipe
+
+FOLDER = cards.shipped_folder("recipes")
+RECIPES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
+PUBLISHED = [name for name in RECIPES if "/" not in name]
+WEIGHTS = list(cards.load_cards())
+
+
+def shrunk(name: str) -> Recipe:
+    recipe = read_recipe(FOLDER / name)
+    assert recipe.architecture in SHRUNK, f"add {recipe.architecture!r} to tests/tiny.py"
+    overrides = [*SHRUNK[recipe.architecture], *LESS_DATA.get(recipe.data, [])]
+    return read_recipe(FOLDER / name, overrides)
+
+
+def built(recipe: Recipe) -> Any:
+    return training.instantiate(recipe, logger=False, enable_progress_bar=False)
+
+
+# --- every recipe, on little data ----------------------------------------------------------------
+
+
+def test_every_recipe_is_covered() -> None:
+    """One for each weight, and for each weight the model and at least one control."""
+    assert [Path(name).stem for name in PUBLISHED] == sorted(WEIGHTS)
+    others = [name for name in RECIPES if name not in PUBLISHED]
+    assert {name.split("/")[1] for name in others} == set(WEIGHTS)
+    assert all(name.split("/")[0] == "controls" and name.count("/") == 2 for name in others)
+    assert len(RECIPES) == len(PUBLISHED) + len(others) >= 3 * len(WEIGHTS) > 0
+    used = {read_recipe(FOLDER / name).architecture for name in RECIPES}
+    assert used == {name for name, entry in ARCHITECTURES.items() if entry.module[:4] == "zoo."}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_fit_evaluate_and_predict(name: str, tmp_path: Path) -> None:
+    run = training.fit(shrunk(name), out=tmp_path / "run")
+    module = checkpoints.load(run.checkpoint)
+    assert module.load_report.dropped == module.load_report.initialised == ()
+    for parameter in module.network.parameters():
+        assert parameter.isfinite().all()
+    facts = training.read_facts(run.folder)
+    assert facts["steps"] >= 1
+    evaluated = evaluation.evaluate(run.checkpoint)
+    assert [o.protocol for o in evaluated.outcomes] == list(module.protocols)
+    for outcome in evaluated.outcomes:
+        assert outcome.n > 0
+        assert math.isfinite(outcome.value)
+        assert outcome.interval[0] <= outcome.value <= outcome.interval[1]
+    assert len(module.predict(example(module).predict)) == 2
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_training_moves_every_parameter(name: str, tmp_path: Path) -> None:
+    recipe = shrunk(name)
+    recipe.options["trainer"]["limit_train_batches"] = 6
+    recipe.options["trainer"]["max_epochs"] = 2
+    torch.manual_seed(0)
+    before = built(recipe).model.network.state_dict()
+    before = {key: value.clone() for key, value in before.items()}
+    run = training.fit(recipe, out=tmp_path / "run")
+    for key, value in run.module.network.named_parameters():
+        assert not torch.equal(value, before[key]), key
+
+
+# --- recipes and cards ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_card_and_its_recipe_agree(name: str) -> None:
+    card = cards.find(name)
+    path = FOLDER / card.recipe
+    assert path.name == f"{name}.yaml"
+    assert path.read_text(encoding="utf-8").splitlines()[0] == f"# zoo fit {name}"
+    recipe = read_recipe(path)
+    assert (recipe.weight, recipe.architecture) == (name, card.architecture)
+    cli = built(recipe)
+    assert cli.model.config == build(type(cli.model.config), card.config, name)
+    assert card.results[0].seeds == (recipe.options["seed_everything"],)
+    folder = cards.pretrained_folder(name)
+    if folder.is_dir():  # what is stored beside the weights is the recipe, resolved
+        stored = training._resolved(built(read_recipe(folder / "recipe.yaml")), recipe)
+        resolved = training._resolved(cli, recipe)
+        for section in ("zoo", "seed_everything", "model", "data"):
+            assert stored[section] == resolved[section], section
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_controls_differ_from_the_model_in_the_network_alone(name: str) -> None:
+    paths = controls.find_recipes(name)
+    model, *others = (read_recipe(path) for path in paths)
+    assert others
+    assert "base:" not in paths[0].read_text(encoding="utf-8")
+    for path, recipe in zip(paths, (model, *others), strict=True):
+        text = path.read_text(encoding="utf-8")
+        assert text.splitlines()[0] == f"# zoo controls {name}"
+        assert recipe.name
+        assert recipe.differs
+        assert not recipe.weight, "a control is not published under the name of the weight"
+        assert recipe.architecture == cards.find(name).architecture
+        for section in ("seed_everything", "trainer", "data"):
+            assert recipe.options[section] == model.options[section], f"{path.name}: {section}"
+    for recipe in others:
+        assert recipe.options["model"]["network"] != model.options["model"]["network"]
+        rest = [{**r.options["model"], "network": None} for r in (recipe, model)]
+        assert rest[0] == rest[1], "equal optimizer"
+    names = [recipe.name for recipe in (model, *others)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_control_is_on_the_card_with_equal_budget(name: str) -> None:
+    card = cards.find(name)
+    recorded = {control.recipe for control in card.controls}
+    expected = {path.relative_to(FOLDER).as_posix() for path in controls.find_recipes(name)}
+    assert recorded == expected
+    assert len({control.result.seeds for control in card.controls}) == 1
+    assert len(card.controls[0].result.seeds) >= 3
+    for control in card.controls:
+        recipe = read_recipe(FOLDER / control.recipe)
+        assert (control.name, control.differs) == (recipe.name, recipe.differs)
+        network = built(recipe).model.network
+        assert control.parameters == sum(p.numel() for p in network.parameters())
