@@ -61,8 +61,6 @@ class StreamConfig:
     """Groups of classes; with the other schedules, how often the stream is measured."""
     batch_size: int = 60
     """Samples that come at once; the last batch of a task may be smaller."""
-    seed: int = 0
-    """Of the order of classes and of the samples in a class."""
 
     def __post_init__(self) -> None:
         for field in ("tasks", "batch_size"):
@@ -97,12 +95,13 @@ class Stream:
             start = end
 
 
-def make_stream(labels: Tensor, config: StreamConfig) -> Stream:
-    """The order of a stream, a function of the labels and the configuration alone.
+def make_stream(labels: Tensor, config: StreamConfig, seed: int = 0) -> Stream:
+    """The order of a stream, a function of the arguments alone.
 
     Args:
         labels: class of each sample, N integers.
-        config: schedule, batches and seed.
+        config: schedule and batches.
+        seed: of the order of classes and of the samples in a class.
 
     Raises:
         DataError: there are no samples, or fewer classes than tasks.
@@ -114,7 +113,7 @@ def make_stream(labels: Tensor, config: StreamConfig) -> Stream:
         raise DataError(
             f"The set has {len(classes)} classes, too few for {config.tasks} tasks of at least one."
         )
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     rank = torch.empty(int(classes.max()) + 1, dtype=torch.int64)
     shuffled = classes[torch.randperm(len(classes), generator=generator)]
     rank[shuffled] = torch.arange(len(classes))
@@ -265,8 +264,9 @@ class StreamDataModule(ImageDataModule):
     Args:
         dataset, path, size, channels, test_fraction, data_dir: the images, as for
             `ImageDataModule`.
-        stream: schedule and batches; its `seed` orders classes and samples.
+        stream: schedule and batches.
         limit: take only so many training images of each class, the first ones; None: all.
+        seed: of the order of classes and of the samples in a class.
 
     Raises:
         DataError: files are missing, damaged or too few.
@@ -284,6 +284,7 @@ class StreamDataModule(ImageDataModule):
         stream: StreamConfig = StreamConfig(),
         limit: int | None = None,
         data_dir: str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             dataset=dataset,
@@ -293,7 +294,7 @@ class StreamDataModule(ImageDataModule):
             test_fraction=test_fraction,
             batch_size=stream.batch_size,
             data_dir=data_dir,
-            seed=stream.seed,
+            seed=seed,
         )
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 or null, got {limit}")
@@ -318,7 +319,7 @@ class StreamDataModule(ImageDataModule):
     @functools.cached_property
     def stream(self) -> Stream:
         """The order of the training images."""
-        stream = make_stream(self.train_labels[self.rows], self.stream_config)
+        stream = make_stream(self.train_labels[self.rows], self.stream_config, self.seed)
         return dataclasses.replace(stream, order=self.rows[stream.order])
 
     def train_dataloader(self) -> DataLoader[StreamBatch]:  # type: ignore[override]

@@ -263,13 +263,20 @@ class OnlineClassifier(ZooModule):
         encode = lambda part: self._encode(part).float().cpu()  # noqa: E731
         return cached_encodings(images, encode, digest.hexdigest(), what)
 
-    def training_step(self, batch: StreamBatch, batch_idx: int) -> None:
-        """Learn a batch; measure at the end of a task, of which the learner is not told."""
+    def training_step(self, batch: StreamBatch, batch_idx: int) -> Tensor:
+        """Learn a batch; measure at the end of a task, of which the learner is not told.
+
+        Returns:
+            Zero, for those who expect a loss; there is nothing left to be done with it.
+        """
         if self._encodings is None:
             encodings = self._encode(batch.images / 255)
         else:
             encodings = self._encodings[batch.rows].to(self.device)
         self.network.learner.learn(encodings, batch.labels.to(self.device))
+        done = torch.zeros((), requires_grad=True)
+        if self._trainer is None:
+            return done
         # Lightning counts the steps of optimizers, and there is none.
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         progress.total.completed += 1
@@ -282,6 +289,7 @@ class OnlineClassifier(ZooModule):
             )
             accuracy = self.record.final_accuracy
             self.log("val_accuracy", accuracy, prog_bar=True)
+        return done
 
     def on_train_end(self) -> None:
         if self.record is not None and self.trainer.logger is not None:
