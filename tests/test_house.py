@@ -108,7 +108,7 @@ def test_light_modules_import_nothing_heavy() -> None:
                 assert imported in WITHOUT_TORCH, f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("family", ["cached_transformers"])
+@pytest.mark.parametrize("family", ["cached_transformers", "online_ensemble"])
 def test_families_are_pure_torch(family: str) -> None:
     for module in MODULES:
         if module.startswith(f"zoo.families.{family}"):

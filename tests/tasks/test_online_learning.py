@@ -94,6 +94,7 @@ def test_images_come_in_any_form(tmp_path: Path) -> None:
     picture = Image.open(path)
     array = np.asarray(picture)
     m.learn([str(path), picture, array, torch.from_numpy(array.copy())], [0, 0, 1, 1])
+    m.learn(*pictures([0, 1, 2]))
     answers = m.predict([str(path), picture, array])
     assert answers[0] == answers[1] == answers[2]
 
@@ -130,7 +131,7 @@ def fixed() -> OnlineClassifier:
 ONE = torch.zeros(1, 1, SIZE, SIZE)
 BAD: dict[str, tuple[Callable[[], tuple[Any, Any]], str]] = {
     "float labels": (lambda: (ONE, torch.tensor([1.0])), "Labels must be integers"),
-    "names for labels": (lambda: (ONE, ["cat"]), "labels must be integers, got"),
+    "names for labels": (lambda: (ONE, ["cat"]), "Labels must be integers, got"),
     "negative label": (lambda: (ONE, [-1]), "Labels must be 0 or larger, got -1"),
     "beyond a fixed head": (lambda: (ONE, [3]), "Class 3 is beyond the 3 classes"),
     "another number of labels": (lambda: (ONE, [0, 1]), "Expected 1 labels"),

@@ -112,7 +112,7 @@ class OnlineClassifier(ZooModule):
             given = torch.as_tensor(labels).reshape(-1)
         except (TypeError, ValueError, RuntimeError):
             raise DataError(
-                f"labels must be integers, got {labels!r:.60} ({type(labels).__name__})."
+                f"Labels must be integers, got {labels!r:.60} ({type(labels).__name__})."
             ) from None
         encodings = [self._encode(part) for part in inputs.split(_BATCH)]
         try:
@@ -177,6 +177,8 @@ class OnlineClassifier(ZooModule):
         """Checked images in [0, 1], B x C x H x W."""
         preprocessing = self._known_preprocessing()
         single = isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence)
+        if tuple(getattr(images, "shape", (1,)))[:1] == (0,):
+            raise DataError("There are no images; the batch is empty.")
         found = [
             preprocessing.normalise(checked)
             for image in ([images] if single else images)

@@ -46,10 +46,12 @@ LEARNERS: dict[str, Callable[..., OnlineLearner]] = {
         D, ensemble_preset("dee-described", classifiers=5, k=2), **o
     ),
     "adam": lambda **o: GatedEnsemble(
-        D, EnsembleConfig(classifiers=5, gate=GATE, optimizer="adam", loss="cross-entropy"), **o
+        D,
+        EnsembleConfig(classifiers=5, gate=GATE, optimizer="adam", loss="cross-entropy", lr=0.05),
+        **o,
     ),
     "centred": lambda **o: GatedEnsemble(
-        D, EnsembleConfig(classifiers=5, gate=GATE, optimizer="sgd", centre=True, lr=0.1), **o
+        D, EnsembleConfig(classifiers=5, gate=GATE, optimizer="sgd", centre=True, lr=1.0), **o
     ),
 }
 INVARIANT = ("nearest-mean", "linear-discriminant", "ridge", "projected-ridge")
@@ -164,7 +166,9 @@ def test_softmax_is_gradient_descent_on_the_cross_entropy() -> None:
 # --------------------------------------------------------------------- what all learners share
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize(
+    "name", [n for n in LEARNERS if n not in ("ee-published", "dee-described")]
+)
 def test_it_learns_what_can_be_learned(name: str) -> None:
     z, y = samples(300)
     learner = learned(name, *cut(z, y, 10))

@@ -33,6 +33,9 @@ __all__ = [
     "solve_ridge",
 ]
 
+_SMALLEST = 1e-12
+"""Variance that stands for none, so that samples that are all alike leave something to solve."""
+
 
 def normal_rows(rows: int, columns: int, seed: int, first: int = 0) -> Tensor:
     """Standard normal rows `first` to `first + rows` of an endless matrix that a seed stands for.
@@ -283,7 +286,7 @@ class LinearDiscriminant(MomentLearner):
         n = self.counts.clamp_min(1)[:, None]
         means = self.sums / n
         covariance = (self.gram - self.sums.T @ means) / self.counts.sum()
-        scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        scale = covariance.diagonal().mean().clamp_min(_SMALLEST)
         covariance = (1 - self.shrinkage) * covariance
         covariance.diagonal().add_(self.shrinkage * scale)
         weight = torch.linalg.solve(covariance, means.T)
@@ -341,7 +344,7 @@ def solve_ridge(gram: Tensor, sums: Tensor, counts: Tensor, ridge: float) -> tup
     n = counts.sum()
     mean, prior = sums.sum(0) / n, counts / n
     centred = gram - n * torch.outer(mean, mean)
-    scale = centred.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    scale = centred.diagonal().mean().clamp_min(_SMALLEST)
     centred.diagonal().add_(ridge * scale)
     targets = (sums - counts[:, None] * mean).T
     weight = torch.cholesky_solve(targets, torch.linalg.cholesky(centred))
