@@ -131,4 +131,4 @@ class EncoderImages(ImageDataModule):
 
 
 def _all_grey(images: Tensor) -> Tensor:
-    return torch.cat([grey(part) for part in images.split(1000)])
+    return torch.cat([grey(part) for part in torch.split(images, 1000)])

@@ -106,7 +106,7 @@ def make_stream(labels: Tensor, config: StreamConfig, seed: int = 0) -> Stream:
     Raises:
         DataError: there are no samples, or fewer classes than tasks.
     """
-    classes = labels.unique()
+    classes = torch.unique(labels)
     if len(labels) == 0:
         raise DataError("The set has no samples to make a stream of.")
     if config.schedule == "tasks" and len(classes) < config.tasks:
@@ -313,7 +313,7 @@ class StreamDataModule(ImageDataModule):
         labels = self.train_labels
         if self.limit is None:
             return torch.arange(len(labels))
-        kept = [(labels == c).nonzero()[: self.limit, 0] for c in labels.unique()]
+        kept = [(labels == c).nonzero()[: self.limit, 0] for c in torch.unique(labels)]
         return torch.cat(kept).sort().values
 
     @functools.cached_property
@@ -362,7 +362,7 @@ def cached_encodings(
             return load_file(path)["encodings"]
         except (SafetensorError, KeyError):
             path.unlink()  # it can be made again
-    parts = images.split(_ENCODING_BATCH)
+    parts = torch.split(images, _ENCODING_BATCH)
     encoded = torch.cat([encode(part / 255) for part in track(parts, f"encoding {what}")])
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:

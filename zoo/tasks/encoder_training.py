@@ -114,7 +114,9 @@ class EncoderTraining(ZooModule):
         errors = torch.cat(
             [
                 self._errors(part.to(self.device) / 255, named.to(self.device)).cpu()
-                for part, named in zip(images.split(_BATCH), labels.split(_BATCH), strict=True)
+                for part, named in zip(
+                    torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True
+                )
             ]
         ).double()
         classifies = bool(self.config.num_classes)

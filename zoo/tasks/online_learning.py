@@ -114,7 +114,7 @@ class OnlineClassifier(ZooModule):
             raise DataError(
                 f"Labels must be integers, got {labels!r:.60} ({type(labels).__name__})."
             ) from None
-        encodings = [self._encode(part) for part in inputs.split(_BATCH)]
+        encodings = [self._encode(part) for part in torch.split(inputs, _BATCH)]
         try:
             self.network.learner.learn(torch.cat(encodings), given.to(self.device))
         except ValueError as error:
@@ -141,7 +141,7 @@ class OnlineClassifier(ZooModule):
         names = self._known_preprocessing().classes
         k = min(top_k, int(self.network.learner.seen.sum()))
         predictions = []
-        for part in self._images(images).split(_BATCH):
+        for part in torch.split(self._images(images), _BATCH):
             scores = self._scores(self._encode(part))
             order = scores.topk(max(k, 1)).indices
             chances = self.network.probabilities(scores).gather(1, order)
@@ -325,7 +325,7 @@ class OnlineClassifier(ZooModule):
             return torch.cat(
                 [
                     self._scores(part.to(self.device)).argmax(1).cpu()
-                    for part in encodings.split(_BATCH)
+                    for part in torch.split(encodings, _BATCH)
                 ]
             )
 
@@ -346,7 +346,7 @@ class OnlineClassifier(ZooModule):
             raise DataError("The classes of the data are not those of the model.")
         self._check_fit(self.network.config, data)
         images, labels = datamodule.test_images, datamodule.test_labels
-        parts = images.split(_BATCH)
+        parts = torch.split(images, _BATCH)
         predicted = torch.cat(
             [self._classify(self._encode(part / 255)) for part in track(parts, "images")]
         )

@@ -157,7 +157,7 @@ class GatedEnsemble(OnlineLearner):
         num_classes, grows: see `OnlineLearner`.
     """
 
-    class_tensors = ("counts", "weight", "bias")
+    class_tensors: tuple[str, ...] = ("counts", "weight", "bias")
     keys: Tensor
     mean: Tensor
     first: Tensor
@@ -236,7 +236,7 @@ class GatedEnsemble(OnlineLearner):
 
     def _votes(self, inputs: Tensor, weights: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
         """Averaged votes, B x P, by rows P x N x d and biases P x N."""
-        u = F.linear(inputs, rows.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)
+        u = F.linear(inputs, rows.flatten(0, 1), bias.flatten()).view(-1, *bias.shape)
         tau = self.config.squash
         v = u if tau is None else tau * torch.tanh(u / tau)
         return torch.einsum("bpn,bn->bp", v, weights)
@@ -258,7 +258,7 @@ class GatedEnsemble(OnlineLearner):
         total = int(self.counts.sum()) + len(labels)
         self.mean += (encodings.double() - self.mean).sum(0) / total
         if config.loss == "dot":
-            present = labels.unique().tolist()
+            present = torch.unique(labels).tolist()
         else:
             present = self.seen.index_fill(0, labels, True).nonzero()[:, 0].tolist()
         # Views, not copies: a class has rows of its own in memory.

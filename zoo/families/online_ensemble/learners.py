@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ class OnlineLearner(nn.Module):
         grows: make room for a class when it first appears; else it is refused.
     """
 
-    class_tensors: ClassVar[tuple[str, ...]] = ("counts",)
+    class_tensors: tuple[str, ...] = ("counts",)
     """Tensors whose first dimension is the class."""
 
     counts: Tensor
@@ -185,7 +185,7 @@ class NearestMean(OnlineLearner):
         num_classes, grows: see `OnlineLearner`.
     """
 
-    class_tensors = ("counts", "sums")
+    class_tensors: tuple[str, ...] = ("counts", "sums")
     sums: Tensor
 
     def __init__(
@@ -221,7 +221,7 @@ class MomentLearner(OnlineLearner):
         num_classes, grows: see `OnlineLearner`.
     """
 
-    class_tensors = ("counts", "sums")
+    class_tensors: tuple[str, ...] = ("counts", "sums")
     gram: Tensor
     sums: Tensor
 
@@ -258,7 +258,7 @@ class MomentLearner(OnlineLearner):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MomentLearner:
         self._solution = None
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class LinearDiscriminant(MomentLearner):
@@ -304,6 +304,8 @@ class RidgeClassifier(MomentLearner):
         seed: of the projection.
     """
 
+    projection: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -317,13 +319,13 @@ class RidgeClassifier(MomentLearner):
         if not ridge > 0:
             raise ValueError(f"ridge must be positive, got {ridge}")
         self.ridge = ridge
-        projection_t = normal_rows(projection, dim, seed) / math.sqrt(dim) if projection else None
-        self.register_buffer("projection", projection_t)
+        rows = normal_rows(projection, dim, seed) / math.sqrt(dim)
+        self.register_buffer("projection", rows)
 
     def _features(self, encodings: Tensor) -> Tensor:
-        if self.projection is None:
+        if not len(self.projection):
             return encodings
-        return F.linear(encodings, self.projection).relu()  # type: ignore[arg-type]
+        return F.linear(encodings, self.projection).relu()
 
     def _solve(self) -> tuple[Tensor, Tensor]:
         return solve_ridge(self.gram, self.sums, self.counts, self.ridge)
@@ -360,7 +362,7 @@ class SoftmaxClassifier(OnlineLearner):
         num_classes, grows: see `OnlineLearner`.
     """
 
-    class_tensors = ("counts", "weight", "bias")
+    class_tensors: tuple[str, ...] = ("counts", "weight", "bias")
 
     def __init__(self, dim: int, lr: float = 0.1, num_classes: int = 0, grows: bool = True) -> None:
         super().__init__(dim, num_classes, grows)

@@ -110,7 +110,7 @@ class RidgeEnsemble(MomentLearner):
         """What all classifiers see, B x D: first the ungated, then the memberships."""
         centred = encodings - self.centre
         a, x = self._memberships(centred), centred / self.scale
-        seen = F.linear(x, self.projections).unflatten(1, (a.shape[1], -1))
+        seen = F.linear(x, self.projections).view(*a.shape, self.config.features)
         return torch.cat((x, a, (a.unsqueeze(-1) * seen).flatten(1)), 1)
 
     def _learn(self, encodings: Tensor, labels: Tensor) -> None:
