@@ -114,7 +114,7 @@ def test_the_sign_step_of_the_dot_loss_is_the_analytic_one(name: str) -> None:
                 probe.weight.zero_()
                 probe.bias.zero_()
                 probe.bias[y[b], n] = 1e-3
-            share = float(probe(z)[b, y[b]]) / 1e-3  # the vote weight of classifier n
+            share = float(probe(z).detach()[b, y[b]]) / 1e-3  # the vote weight of classifier n
             u = float(before[y[b], n].numpy() @ seen + learner.bias[y[b], n].item())
             single[y[b], n] += share * (1 - np.tanh(u / 250) ** 2) * seen
     learner.learn(z, y)

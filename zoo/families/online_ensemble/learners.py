@@ -135,11 +135,12 @@ class OnlineLearner(nn.Module):
         extra = num_classes - self.num_classes
         for name in self.class_tensors if extra > 0 else ():
             old = getattr(self, name)
-            new = self._new_classes(name, extra).to(old)
-            if isinstance(old, nn.Parameter):
-                old.data = torch.cat((old.data, new))
-            else:
-                setattr(self, name, torch.cat((old, new)))
+            self._replace(name, torch.cat((old.detach(), self._new_classes(name, extra).to(old))))
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        # A new parameter, since autograd remembers the shape of the old one.
+        old = getattr(self, name)
+        setattr(self, name, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
 
     def _new_classes(self, name: str, extra: int) -> Tensor:
         """Initial value of a class tensor for classes C to C + extra; zero."""
@@ -166,12 +167,7 @@ class OnlineLearner(nn.Module):
         stored = state_dict.get(f"{prefix}counts")
         if stored is not None and self.grows:
             for name in self.class_tensors:
-                old = getattr(self, name)
-                kept = old.data[: len(stored)]
-                if isinstance(old, nn.Parameter):
-                    old.data = kept.clone()
-                else:
-                    setattr(self, name, kept.clone())
+                self._replace(name, getattr(self, name).detach()[: len(stored)].clone())
             self.grow(len(stored))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
