@@ -115,6 +115,18 @@ _architectures = {
             task="image-classification",
             module="zoo.tasks.sau_shufflenet:SAUShuffleNetX2",
         ),
+        Architecture(
+            name="online-ensemble",
+            family="online-ensemble",
+            task="online-learning",
+            module="zoo.tasks.online_learning:OnlineClassifier",
+        ),
+        Architecture(
+            name="online-ensemble-encoder",
+            family="online-ensemble",
+            task="representation-learning",
+            module="zoo.tasks.encoder_training:EncoderTraining",
+        ),
     ]
 }
 

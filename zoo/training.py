@@ -47,11 +47,13 @@ __all__ = [
 
 DATA_MODULES: dict[str, str] = {
     "densities": "zoo.data.densities:DensityDataModule",
+    "encoder-images": "zoo.data.encoder_images:EncoderImages",
     "expert-recovery": "zoo.data.expert_recovery:ExpertRecoveryDataModule",
     "image-pairs": "zoo.data.image_pairs:ImagePairDataModule",
     "images": "zoo.data.images:ImageDataModule",
     "ratings": "zoo.data.ratings:RatingsDataModule",
     "spirals": "zoo.data.spirals:SpiralDataModule",
+    "streams": "zoo.data.streams:StreamDataModule",
     "text": "zoo.data.text:TextDataModule",
 }
 """Data modules that a recipe can name."""
