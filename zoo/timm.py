@@ -44,10 +44,12 @@ class _ShuffleNet(ShuffleNetV2):
         if act_layer is not None:
             swap_activation(self, act_layer)
         first = 2 if stem == "small" else 8
-        self.feature_info = [
-            {"num_chs": stage[-1].channels, "reduction": first << i, "module": f"stages.{i}"}
-            for i, stage in enumerate(self.stages)
-        ]
+        self.feature_info = []
+        for i, stage in enumerate(self.stages):
+            assert isinstance(stage, nn.Sequential)
+            self.feature_info.append(
+                {"num_chs": stage[-1].channels, "reduction": first << i, "module": f"stages.{i}"}
+            )
         self.reset_classifier(num_classes)
 
     def get_classifier(self) -> nn.Module:

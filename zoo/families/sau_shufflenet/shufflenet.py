@@ -148,7 +148,7 @@ class ShuffleNetV2(nn.Module):
             inputs = outputs
         self.last = nn.Sequential(*_convolution(inputs, features, 1), activation())
         self.num_features = features
-        self.head = nn.Linear(features, config.num_classes)
+        self.head: nn.Module = nn.Linear(features, config.num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature maps before pooling, B x C x H x W to B x F x H/8 x W/8 (H/32 with the large
