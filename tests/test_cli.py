@@ -40,7 +40,7 @@ TESTED_HERE = {
     "predict",
     "reproduce",
 }
-TESTED_ELSEWHERE = {"push", "pull", "hub-sandbox", "finetune", "recommend", "learn"}
+TESTED_ELSEWHERE = {"push", "pull", "hub-sandbox", "finetune", "recommend", "recovery", "learn"}
 """Where a command has a test file of its own, below tests/hub or beside its task."""
 
 

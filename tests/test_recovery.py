@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from tiny import SHRUNK
+from tiny import SHRUNK, run
 
 from zoo import recovery
 from zoo.errors import ConfigError
@@ -36,10 +36,14 @@ def test_every_gate_is_trained_for_every_number_of_tasks_and_kept(tmp_path: Path
     again = recovery.run([2, 3], seeds=[1, 2], out=tmp_path, overrides=overrides)
     assert again == arms
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    recovery.write(arms, tmp_path / "all.json")
-    stored = json.loads((tmp_path / "all.json").read_text())
+    words = ["--tasks", 2, 3, "--seeds", 1, 2, "--out", tmp_path, "--figure", tmp_path / "x.png"]
+    said = run("recovery", *overrides, *words)
+    assert said.status == 0
+    assert len(said.out.splitlines()) == 1 + 12
+    stored = json.loads((tmp_path / "recovery.json").read_text())
     assert len(stored["arms"]) == 12
-    assert recovery.draw(arms, tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(stored["dselect_k_less_top_k"]) == 2 * len(recovery.MEASURES)
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_summary_is_the_mean_with_an_interval_that_holds_it() -> None:

@@ -38,6 +38,7 @@ class Installed(NamedTuple):
                 "PYTHONPATH": str(self.site),
                 "HF_HUB_OFFLINE": "1",
                 "HOME": str(self.elsewhere),
+                "MPLCONFIGDIR": str(self.site.parent),  # where matplotlib lists the fonts
             },
         )
 

@@ -31,6 +31,7 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 _PIPELINE_TAGS = {
     "image-classification": "image-classification",
+    "image-pair-classification": "image-classification",
     "language-modeling": "text-generation",
 }
 """Our task -> the Hub's name for it. A task that is not here gets no tag."""
@@ -160,6 +161,8 @@ class Measurements:
     controls: tuple[Control, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the training was and cost; plain JSON."""
+    diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Figures on robustness that `zoo evaluate --diagnose` computed; plain JSON."""
 
     def __post_init__(self) -> None:
         primary = sum(result.primary for result in self.results)

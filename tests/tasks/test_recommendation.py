@@ -13,7 +13,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import yaml
-from torchmetrics.retrieval import RetrievalNormalizedDCG, RetrievalRecall
+from torchmetrics.retrieval import RetrievalNormalizedDCG
 
 from zoo import checkpoints, evaluation, training
 from zoo.data.ratings import RatingsDataModule
@@ -126,9 +126,15 @@ def test_the_two_tastes_are_learned(attached: Any) -> None:
         wanted = "Comedy" if user % 2 == 0 else "Thriller"
         best = attached.recommend(f"u{user}", k=5, exclude_seen=False)
         assert [entry.title.split()[0] for entry in best] == [wanted] * 5
-    pair = attached.predict([("u0", "i3"), ("u1", "i3")])
-    assert pair[0].watch > 0.5 > pair[1].watch
-    assert abs(pair[0].rating - (1 + 3 % 5)) < 0.7
+    items = [f"i{item}" for item in range(ITEMS)]
+    own, other = (
+        [p.watch for p in attached.predict([("u0", item) for item in half])]
+        for half in (items[: ITEMS // 2], items[ITEMS // 2 :])
+    )
+    assert sum(own) > 3 * sum(other)
+    for item in (0, 3, 4):
+        (pair,) = attached.predict([("u0", f"i{item}")])
+        assert abs(pair.rating - (1 + item % 5)) < 0.7
 
 
 def test_the_folder_has_ids_and_titles_and_no_ratings(run: training.Run) -> None:
@@ -213,24 +219,30 @@ def test_ranking_is_that_of_torchmetrics_over_all_unrated_items(run: training.Ru
         targets.append(torch.tensor([i == int(item) for i in candidates]))
         users.append(torch.full((len(candidates),), int(user)))
     joined = [torch.cat(part) for part in (scores, targets, users)]
-    for protocol, metric in (
-        ("ndcg", RetrievalNormalizedDCG(top_k=10)),
-        ("recall", RetrievalRecall(top_k=10)),
-    ):
-        expected = metric(joined[0], joined[1], indexes=joined[2])
-        assert module.measure(data, protocol).value == pytest.approx(float(expected), abs=1e-6)
+    expected = RetrievalNormalizedDCG(top_k=10)(joined[0], joined[1], indexes=joined[2])
+    assert module.measure(data, "ndcg").value == pytest.approx(float(expected), abs=1e-6)
+    hits = []
+    for values, wanted in zip(scores, targets, strict=True):
+        above = int((values > values[wanted]).sum())
+        equal = int((values == values[wanted]).sum())
+        hits.append(min(max((10 - above) / equal, 0.0), 1.0))
+    assert module.measure(data, "recall").value == pytest.approx(sum(hits) / len(hits))
 
 
-def test_equal_scores_count_half(run: training.Run) -> None:
+def test_equal_scores_count_as_the_mean_over_their_orders(run: training.Run) -> None:
     module = FactorisationRecommender(
         MatrixFactorisationConfig(num_users=USERS, num_items=ITEMS, embedding_dim=0)
     )
     with torch.no_grad():
         for parameter in module.network.parameters():
             parameter.zero_()
-    ranks = module.ranks(run.datamodule)
-    # 20 items, 7 of which were rated earlier: the wanted one and 12 that are as good.
-    assert ranks.tolist() == [1 + 0.5 * 12] * USERS
+    # 20 items, 7 of which were rated earlier: all of the 13 others are as good.
+    best, worst = module.ranks(run.datamodule)
+    assert best.tolist() == [1] * USERS
+    assert worst.tolist() == [13] * USERS
+    ndcg = sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / 13
+    assert module.gains(run.datamodule, "ndcg").tolist() == pytest.approx([ndcg] * USERS)
+    assert module.gains(run.datamodule, "recall").tolist() == pytest.approx([10 / 13] * USERS)
 
 
 def test_pairs_are_measured_by_their_losses(tmp_path: Path) -> None:

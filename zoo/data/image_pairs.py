@@ -124,7 +124,7 @@ class _EvaluationBatches(Dataset[PairBatch]):
     def __init__(self, pairs: _Pairs, rank: int, world_size: int) -> None:
         self.pairs = pairs
         mine = torch.arange(rank, len(pairs), world_size)
-        self.rows = mine.split(_EVALUATION_BATCH)
+        self.rows = torch.split(mine, _EVALUATION_BATCH)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -86,7 +86,7 @@ class ExpertRecovery(MixtureModule):
     Args:
         network: shape of the network; its gate is static.
         optimizer: how it is trained.
-        true_experts: give the network the true experts and keep them, so that gates and heads
+        true_experts: give the network the true experts and heads and keep them, so that the gates
             alone are trained, and experts need no matching.
         compile: compile the network's blocks for training.
 
@@ -146,9 +146,11 @@ class ExpertRecovery(MixtureModule):
                 )
         layer = self.network.moe.experts.layers[0]  # type: ignore[index]
         with torch.no_grad():
-            layer.weight.copy_(data.truth.expert_weights)  # type: ignore[union-attr, operator]
-            layer.bias.copy_(data.truth.expert_biases)  # type: ignore[union-attr, operator]
+            layer.weight.copy_(data.truth.expert_weights)  # type: ignore[union-attr]
+            layer.bias.copy_(data.truth.expert_biases)  # type: ignore[union-attr]
+            self.network.towers.head.weight.copy_(data.truth.heads[:, None])
         self.network.moe.experts.requires_grad_(False)
+        self.network.towers.requires_grad_(False)
 
     def training_step(self, batch: RegressionBatch, batch_idx: int) -> Tensor:
         """Squared error, summed over tasks, and what the gates add."""

@@ -15,7 +15,7 @@ from zoo.data.images import ImagePreprocessing
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.dselect_k import ImagePairConfig, ImagePairNet
 from zoo.progress import track
-from zoo.tasks.base import Measurement, count_macs
+from zoo.tasks.base import Exportable, Measurement, count_macs
 from zoo.tasks.mixtures import MixtureModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -132,6 +132,11 @@ class ImagePairClassifier(MixtureModule):
             self.log(f"val_accuracy_{name}", metric, prog_bar=True)
         if batch_idx == 0:
             self.watch_gates(batch.images)
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Normalised canvases B x C x S x S in, logits B x 2 x K out."""
+        shape = (batch, self.config.in_channels, self.config.size, self.config.size)
+        return self._exportable({"images": torch.randn(shape, generator=generator)})
 
     # -------------------------------------------------------------- evaluation
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.families.dselect_k import MultiTaskNet, MultiTaskOutput
-from zoo.tasks.base import ZooModule
+from zoo.tasks.base import Exportable, ZooModule
 
 __all__ = ["MixtureModule"]
 
@@ -21,6 +21,13 @@ class MixtureModule(ZooModule):
     """
 
     task_names: tuple[str, ...]
+
+    def _exportable(self, inputs: dict[str, Tensor]) -> Exportable:
+        """The outputs as a function of tensors; experts that no task uses are left out."""
+        network = self.network
+        if isinstance(network, MultiTaskNet):
+            network = _Dense(network.pruned() if network.gate.is_static else network)
+        return Exportable(network=_Outputs(network), inputs=inputs, outputs=("outputs",))
 
     def regulariser(self, output: MultiTaskOutput) -> Tensor:
         """What the gates add to the loss at this point of the training."""
@@ -45,3 +52,26 @@ class MixtureModule(ZooModule):
             values |= {f"usage_{name}_{i}": weight for i, weight in enumerate(report.usage)}
         values["active"] = sum(report.active for report in reports) / len(reports)
         self.log_dict(values, batch_size=len(inputs[0]))
+
+
+class _Dense(nn.Module):
+    """A network that computes all its experts: which are skipped cannot depend on the input."""
+
+    def __init__(self, network: MultiTaskNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> MultiTaskOutput:
+        output: MultiTaskOutput = self.network(*inputs, dispatch="dense")
+        return output
+
+
+class _Outputs(nn.Module):
+    """The outputs of a network alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        return (self.network(*inputs).outputs,)

@@ -29,7 +29,7 @@ from zoo.families.dselect_k import (
     RecommenderNet,
 )
 from zoo.progress import track
-from zoo.tasks.base import Measurement, count_macs
+from zoo.tasks.base import Exportable, Measurement, count_macs
 from zoo.tasks.mixtures import MixtureModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -294,6 +294,14 @@ class Recommender(MixtureModule):
                 means[task] = metric.compute()
         self.log("val_loss", self._weigh(means))
 
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Positions of users and items B in the catalogue in, outputs B x T out; see `forward` of
+        the network."""
+        counts = {"users": self.config.num_users, "items": self.config.num_items}
+        return self._exportable(
+            {name: torch.randint(n, (batch,), generator=generator) for name, n in counts.items()}
+        )
+
     # -------------------------------------------------------------- evaluation
 
     def samples(self, batch: RatingBatch) -> int:
@@ -325,10 +333,7 @@ class Recommender(MixtureModule):
         datamodule.setup()
         self._check_same(datamodule.ratings)
         if protocol in ("ndcg", "recall"):
-            ranks = self.ranks(datamodule).double()
-            hit = ranks <= _TOP
-            gain = torch.where(hit, 1.0 / torch.log2(ranks + 1.0), 0.0)
-            sums = gain if protocol == "ndcg" else hit.double()
+            sums = self.gains(datamodule, protocol)
             expected = len(datamodule.parts["test"].users)
         else:
             sums, expected = self._test_losses(datamodule, protocol)
@@ -378,15 +383,32 @@ class Recommender(MixtureModule):
         task = "watch" if "watch" in self.task_names else self.task_names[0]
         return outputs[:, self.task_names.index(task)]
 
+    def gains(
+        self,
+        datamodule: RatingsDataModule,
+        protocol: str,
+        part: Literal["validation", "test"] = "test",
+    ) -> Tensor:
+        """NDCG@10 ("ndcg") or Recall@10 ("recall") of each user who has an item in the part.
+
+        Of items with equal scores every order is as likely, and the mean over these is taken.
+        """
+        best, worst = self.ranks(datamodule, part)
+        ranks = torch.arange(1, len(datamodule.ratings.item_ids) + 1, dtype=torch.float64)
+        gain = 1.0 / torch.log2(ranks + 1.0) if protocol == "ndcg" else torch.ones_like(ranks)
+        total = F.pad(torch.where(ranks <= _TOP, gain, 0.0).cumsum(0), (1, 0))
+        return (total[worst] - total[best - 1]) / (worst - best + 1)
+
     @torch.no_grad()
     def ranks(
         self, datamodule: RatingsDataModule, part: Literal["validation", "test"] = "test"
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Rank (1 is best) of the item in `part` of each user among all items that the user has not
-        rated before it: none is sampled. Of items with equal scores half count as better.
+        rated before it: none is sampled.
 
         Returns:
-            One number per user who has an item in the part.
+            For each user who has an item in the part, the best and the worst rank that the item has
+            among those with an equal score.
         """
         pairs, items = datamodule.parts[part], len(datamodule.ratings.item_ids)
         before = [datamodule.parts["train"]]
@@ -396,7 +418,7 @@ class Recommender(MixtureModule):
         for earlier in before:
             rated[earlier.users, earlier.items] = True
         at_once = max(_BATCH // items, 1)
-        every, ranks = torch.arange(items), []
+        every, best, worst = torch.arange(items), [], []
         for start in track(range(0, len(pairs.users), at_once), "users"):
             users = pairs.users[start : start + at_once]
             wanted = pairs.items[start : start + at_once, None]
@@ -405,10 +427,9 @@ class Recommender(MixtureModule):
             own = scores.gather(1, wanted)
             others = ~rated[users]
             others.scatter_(1, wanted, False)
-            better = ((scores > own) & others).sum(1)
-            equal = ((scores == own) & others).sum(1)
-            ranks.append(1.0 + better + 0.5 * equal)
-        return torch.cat(ranks)
+            best.append(1 + ((scores > own) & others).sum(1))
+            worst.append(1 + ((scores >= own) & others).sum(1))
+        return torch.cat(best), torch.cat(worst)
 
     # ------------------------------------------------------------------- usage
 

@@ -118,7 +118,7 @@ def naive_recurrent(
     def sees(i: int, j: int) -> bool:
         return i // config.segment * config.segment - memory <= j <= i
 
-    y = reference.multi_head(
+    return reference.multi_head(
         x,
         x,
         config.num_heads,
@@ -129,7 +129,6 @@ def naive_recurrent(
         key_positions=positions,
         base=config.rotary_base,
     )
-    return y
 
 
 @pytest.mark.parametrize("length", [SEGMENT, 3 * SEGMENT + 2])

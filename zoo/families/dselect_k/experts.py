@@ -254,7 +254,7 @@ def _mix_sorted(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor)
     expert, row = in_use.T.nonzero(as_tuple=True)  # sorted by expert
     if not len(row):
         return x.new_zeros(len(x), weights.shape[1], experts.out_features)
-    groups = x.index_select(0, row).split(in_use.sum(0).tolist())
+    groups = torch.split(x.index_select(0, row), in_use.sum(0).tolist())
     outputs = torch.cat(experts.grouped([group if len(group) else None for group in groups]))
     # Every (example, task) is a bag of the outputs that it weighs.
     position = row.new_zeros(in_use.shape)

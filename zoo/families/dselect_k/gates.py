@@ -261,8 +261,8 @@ class DSelectK(Gate):
         if self.missing_codes == "penalty":
             return r[..., : self.num_experts]
         half = r.shape[-1] // 2
-        alone, shared, upper, lost = r.split([half - missing, missing, half - missing, missing], -1)
-        return torch.cat((alone, shared + lost, upper), -1)
+        lost = F.pad(r[..., self.num_experts :], (half - missing, half - missing))
+        return r[..., : self.num_experts] + lost
 
     def forward(self, x: Tensor | None = None, *, hard: bool = False) -> Routing:
         """See `Gate.forward`; hardened, a bit is 1 where its logit is positive."""
