@@ -188,6 +188,7 @@ def _parser() -> _Parser:
     sub.add_argument("--out", help="folder of the runs (runs/controls/NAME)")
     sub.add_argument("--only", nargs="+", metavar="RECIPE", help="train these alone, as relu")
     sub.add_argument("--record", metavar="FOLDER", help="write them into this checkpoint folder")
+    sub.add_argument("--figure", metavar="FILE", help="draw their loss curves into this PNG file")
 
     sub = command("recovery", _recovery, "train gates on synthetic tasks whose experts are known")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -232,7 +233,13 @@ def _parser() -> _Parser:
     sub = command("card", _card, "show a card, or write its computable fields")
     sub.add_argument("name")
     sub.add_argument("--update", action="store_true", help="rewrite from the checkpoint folder")
-    sub.add_argument("--figures", metavar="RUN", help="draw its figures from this run folder")
+    sub.add_argument(
+        "--figures",
+        metavar="RUN",
+        nargs="?",
+        const="",
+        help="draw its figures, with curves of its training where the run folder is given",
+    )
     sub.add_argument("--readme", metavar="FILE", help="write the table of models into this README")
     return parser
 
@@ -623,6 +630,12 @@ def _controls(options: argparse.Namespace) -> int:
         arms = controls.run(options.name, seeds=options.seeds, out=options.out, only=options.only)
     if options.record:
         controls.record(arms, options.record)
+    if options.figure:
+        from zoo import cards, figures
+
+        unit = figures.loss_unit(cards.find(options.name).task)
+        runs = controls.finished_runs(options.name, options.out)
+        figures.draw_controls(runs, unit, Path(options.figure))
     if options.json:
         from zoo.configs import to_json
 
@@ -796,10 +809,10 @@ def _hub_sandbox(options: argparse.Namespace) -> int:
 def _card(options: argparse.Namespace) -> int:
     from zoo import cards
 
-    if options.figures:
+    if options.figures is not None:
         from zoo import figures
 
-        for path in figures.draw(cards.find(options.name), options.figures):
+        for path in figures.draw(cards.find(options.name), options.figures or None):
             print(f"Drew {path}", file=sys.stderr)
     card = cards.update(options.name) if options.update else cards.find(options.name)
     if options.readme:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from zoo.tasks.base import Measurement
 
-__all__ = ["collect", "find_recipes", "paired_difference", "record", "run"]
+__all__ = ["collect", "find_recipes", "finished_runs", "paired_difference", "record", "run"]
 
 _OUTCOME = "outcome.json"
 _TIMED_STEPS = 5
@@ -126,6 +126,23 @@ def collect(
             reference = arm if reference is None else reference
             controls.append(_control(name, arm, protocol, reference, speeds))
     return controls
+
+
+def finished_runs(name: str, out: str | os.PathLike[str] | None = None) -> dict[str, list[Path]]:
+    """Run folders of finished controls, by the names of the controls; see `run`.
+
+    Raises:
+        ZooError: there are no controls.
+    """
+    folder = Path("runs/controls") / name if out is None else Path(out)
+    recipes = [training.read_recipe(path) for path in find_recipes(name)]
+    found = {
+        recipe.name: [
+            path.parent for path in sorted((folder / recipe.path.stem).glob(f"*/{_OUTCOME}"))
+        ]
+        for recipe in recipes
+    }
+    return {control: runs for control, runs in found.items() if runs}
 
 
 def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:

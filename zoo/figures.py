@@ -6,8 +6,11 @@ Needs matplotlib: `pip install zoo[figures]`.
 from __future__ import annotations
 
 import csv
+import functools
+import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +22,15 @@ from zoo.errors import DataError, ZooError
 if TYPE_CHECKING:
     from zoo.analog import AnalogSweep
 
-__all__ = ["draw", "draw_analog", "expert_usage", "losses_by_position", "read_metrics"]
+__all__ = [
+    "draw",
+    "draw_analog",
+    "draw_controls",
+    "expert_usage",
+    "loss_unit",
+    "losses_by_position",
+    "read_metrics",
+]
 
 _WINDOW = 10
 
@@ -27,12 +38,14 @@ Metrics = dict[str, list[tuple[int, float]]]
 """Logged values by name, as (step, value)."""
 
 
-def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> list[Path]:
+def draw(
+    card: Card, run: str | os.PathLike[str] | None = None, out: Path | None = None
+) -> list[Path]:
     """Draw all figures that the task of a card has.
 
     Args:
         card: the weight.
-        run: run folder of its training, for the loss curves.
+        run: run folder of its training; None leaves out the curves of what was logged.
         out: folder to write to; None: `model_cards/figures/<name>`.
 
     Returns:
@@ -42,11 +55,13 @@ def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> li
         ZooError: matplotlib is missing, or the run folder has no metrics.
     """
     out = Path("model_cards/figures") / card.name if out is None else out
-    metrics = read_metrics(Path(run))
+    metrics = {} if run is None else read_metrics(Path(run))
     folder, _ = hub.resolve(card.name)
     module = checkpoints.load(folder, files=card.files)
     out.mkdir(parents=True, exist_ok=True)
-    paths = [_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ()))]
+    paths = []
+    if run is not None:
+        paths.append(_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ())))
     for drawer in _DRAWERS.get(card.task, ()):
         paths += drawer(module, folder, metrics, out)
     return paths
@@ -87,6 +102,47 @@ def draw_analog(sweeps: Sequence[AnalogSweep], out: Path) -> list[Path]:
     return paths
 
 
+def loss_unit(task: str) -> str:
+    """Unit of the loss that a task logs."""
+    return _LOSS.get(task, ("nats", ""))[0]
+
+
+def draw_controls(arms: Mapping[str, Sequence[Path]], unit: str, path: Path) -> Path:
+    """Loss curves of controls: the mean over seeds, training as lines, validation as points.
+
+    Args:
+        arms: name of each control -> run folders of its seeds.
+        unit: of the loss, for the axis.
+        path: PNG file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ZooError: matplotlib is missing, or a run folder has no metrics.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _figure(path) as axes:
+        tops = []
+        for name, runs in arms.items():
+            metrics = [read_metrics(run) for run in runs]
+            for loss in ("train_loss", "val_loss"):
+                logged = [dict(_series(one, loss)) for one in metrics]
+                steps = sorted(functools.reduce(operator.and_, (one.keys() for one in logged)))
+                means = [statistics.fmean(one[step] for one in logged) for step in steps]
+                if loss == "train_loss":
+                    label = f"{name}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+                    (line,) = axes.plot(steps, _smooth(tuple(means)), label=label)
+                else:
+                    axes.plot(steps, means, "o", color=line.get_color())
+                    tops.append(means[0])
+        axes.set(xlabel="step", ylabel=unit)
+        # The first steps fall from far above and would flatten all that follows.
+        axes.set_ylim(top=1.2 * max(tops))
+        axes.legend(frameon=False)
+    return path
+
+
 @contextmanager
 def _figure(path: Path, width: float = 6.0, height: float = 3.5) -> Iterator[Any]:
     """An axes to draw on, saved to `path` at the end."""
@@ -122,14 +178,18 @@ def read_metrics(run: Path) -> Metrics:
     return {key: sorted(values.items()) for key, values in series.items()}
 
 
+def _series(metrics: Metrics, name: str) -> list[tuple[int, float]]:
+    if name not in metrics:
+        raise ZooError(f"The run logged no {name}; there is: {', '.join(metrics)}.")
+    return metrics[name]
+
+
 def _loss_curves(
     metrics: Metrics, path: Path, unit: str = "nats", validation: str = "validation"
 ) -> Path:
     with _figure(path) as axes:
         for name, label in (("train_loss", "training"), ("val_loss", validation)):
-            if name not in metrics:
-                raise ZooError(f"The run logged no {name}; there is: {', '.join(metrics)}.")
-            steps, values = zip(*metrics[name], strict=True)
+            steps, values = zip(*_series(metrics, name), strict=True)
             if name == "train_loss":
                 values = _smooth(values)
             axes.plot(steps, values, label=label)
@@ -219,6 +279,8 @@ def _language_model(module: Any, folder: Path, metrics: Metrics, out: Path) -> l
 
 
 def _accuracy(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    if not metrics:
+        return []
     path = out / "accuracy.png"
     with _figure(path) as axes:
         for name, label in (("val_accuracy", "top 1"), ("val_top5_accuracy", "top 5")):
@@ -313,6 +375,8 @@ def expert_usage(metrics: Metrics, task: str) -> tuple[list[int], list[list[floa
 
 
 def _experts(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    if not metrics:
+        return []
     paths = []
     for task in module.task_names:
         steps, rows = expert_usage(metrics, task)
