@@ -44,12 +44,10 @@ class _ShuffleNet(ShuffleNetV2):
         if act_layer is not None:
             swap_activation(self, act_layer)
         first = 2 if stem == "small" else 8
-        self.feature_info = []
-        for i, stage in enumerate(self.stages):
-            assert isinstance(stage, nn.Sequential)
-            self.feature_info.append(
-                {"num_chs": stage[-1].channels, "reduction": first << i, "module": f"stages.{i}"}
-            )
+        self.feature_info = [
+            {"num_chs": channels, "reduction": first << i, "module": f"stages.{i}"}
+            for i, channels in enumerate(self.stage_channels)
+        ]
         self.reset_classifier(num_classes)
 
     def get_classifier(self) -> nn.Module:

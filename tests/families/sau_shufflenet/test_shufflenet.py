@@ -68,17 +68,17 @@ def test_equals_torchvision(width: float) -> None:
             layer.weight.uniform_(0.8, 1.2)
             layer.bias.normal_(std=0.1)
     theirs(torch.randn(8, 3, 64, 64))  # statistics with which signals keep their size
-    theirs.eval()
-    ours = build(width=width, num_classes=1000, stem="large", activation="relu").eval()
+    theirs.double().eval()
+    ours = build(width=width, num_classes=1000, stem="large", activation="relu").double().eval()
     ours.load_state_dict(of_torchvision(theirs.state_dict()))
-    x = torch.randn(1, 3, 96, 64)
+    x = torch.randn(1, 3, 96, 64, dtype=torch.float64)
     expected = theirs(x)
     assert expected.std() > 0.01
     assert expected.abs().max() < 100
-    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-9, atol=1e-10)
     ours.to(memory_format=torch.channels_last)
     innermost = ours(x.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(innermost, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(innermost, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", [28, 32])

@@ -96,7 +96,6 @@ class Unit(nn.Module):
     ) -> None:
         super().__init__()
         half = outputs // 2
-        self.channels = outputs
         self.branch1: nn.Sequential | None = None
         if stride > 1:
             self.branch1 = nn.Sequential(
@@ -147,7 +146,7 @@ class ShuffleNetV2(nn.Module):
             self.stages.append(nn.Sequential(first, *rest))
             inputs = outputs
         self.last = nn.Sequential(*_convolution(inputs, features, 1), activation())
-        self.num_features = features
+        self.stage_channels, self.num_features = tuple(stages), features
         self.head: nn.Module = nn.Linear(features, config.num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
