@@ -116,7 +116,7 @@ def lipschitz_approximant(
     for parameter in net.parameters():
         parameter.zero_()
     net.first.weight[0, 0] = r
-    net.first.bias.copy_(torch.tensor([0.0, code, levels[0] / r]))
+    net.first.bias.copy_(torch.tensor([0.0, code, levels[0] / r], dtype=torch.float64))
     net.last.weight[0, 2] = 1.0
 
     one, two, three = (net.repeated[i] for i in (0, 2, 4))
