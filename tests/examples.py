@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.families.continuous_depth.trajectories import HORIZON
 from zoo.registry import architecture_of
 
 __all__ = ["Example", "example", "first_tensor", "give_preprocessing"]
@@ -77,6 +78,20 @@ def _images(module: Any) -> Example:
     return Example((pixels,), (2, module.config.num_classes), images)
 
 
+def _trajectories(module: Any) -> Example:
+    # Both rows end at the same time, after which the network goes on.
+    times = torch.tensor([[0.1, 0.3, 0.5], [0.2, 0.3, 0.5]])
+    values = (torch.arange(12).double() * 0.7).sin().float().view(2, 3, 2)
+    pairs = [(row.tolist(), points.tolist()) for row, points in zip(times, values, strict=True)]
+    return Example((times, values), (2, HORIZON, module.config.dim), pairs)
+
+
+def _densities(module: Any) -> Example:
+    points = torch.tensor([[0.5, -1.0], [1.5, 0.25]])
+    condition = torch.eye(module.config.conditions)[:2]
+    return Example((points, condition), (2,), points)
+
+
 def _pairs(module: Any) -> Example:
     users, items = torch.tensor([1, 2]), torch.tensor([3, 0])
     known = module.preprocessing
@@ -99,6 +114,8 @@ def _regression(module: Any) -> Example:
 _EXAMPLES: dict[str, Callable[[Any], Example]] = {
     "language-modeling": _text,
     "image-classification": _images,
+    "trajectory-forecasting": _trajectories,
+    "density-estimation": _densities,
     "recommendation": _pairs,
     "image-pair-classification": _canvases,
     "expert-recovery": _regression,

@@ -14,8 +14,8 @@ import scipy.stats
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import SEGMENT, write_recipe
 
+from tests.tiny import SEGMENT, write_recipe
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.cards import Control
 from zoo.errors import ZooError
@@ -23,10 +23,8 @@ from zoo.files import RESULTS_FILE, WEIGHTS_FILE
 
 NAME = "cached-transformer-lm.tiny-shakespeare"
 SEEDS = (1, 2)
-ARMS = (
-    "a-none",
-    "b-grc",
-)  # the model's own recipe is the last by name
+ARMS = ("a-none", "b-grc")
+"""Recipes by name; the one of the model itself is the last."""
 
 
 def write_controls(folder: Path) -> Path:
@@ -168,7 +166,7 @@ def test_finished_runs_are_kept(trained: Trained, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_missing_run(trained: Trained) -> None:
-    with pytest.raises(ZooError, match="The run of b-grc with seed 7 is missing at "):
+    with pytest.raises(ZooError, match="There is no finished run of b-grc in "):
         controls.collect(NAME, seeds=(7,), out=trained.out)
 
 

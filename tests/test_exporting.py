@@ -26,6 +26,11 @@ needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs pip install 'zoo[exp
 EITHER = [pytest.param("torch-export"), pytest.param("onnx", marks=needs_onnx)]
 
 
+@pytest.fixture(scope="module")
+def weight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return published.write_weight(tmp_path_factory.mktemp("weight") / "tiny")
+
+
 @pytest.mark.parametrize("format", EITHER)
 def test_segments_in_a_row_are_the_whole_text(tmp_path: Path, format: ExportFormat) -> None:
     """The state goes out of the file and into it again; three streams, fresh ones from zeros."""
@@ -93,15 +98,10 @@ def test_a_model_without_memory(tmp_path: Path) -> None:
 
 
 def test_what_the_card_declares_is_the_error(
-    tmp_path: Path, weight: Path, installation: Path
+    tmp_path: Path, weight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published.bundle(weight, installation)
-    path = installation / "model_cards" / f"{published.NAME}.md"
-    card = dataclasses.replace(
-        cards.find(published.NAME), not_exported={"onnx": "no such operator"}
-    )
-    path.write_text(cards.render(card))
-    cards._read_cards.cache_clear()
+    card = published.card(not_exported={"onnx": "no such operator"})
+    monkeypatch.setattr(hub, "resolve", lambda name, revision: hub.Located(weight, card))
     with pytest.raises(ConfigError, match="cannot be exported to onnx: no such operator"):
         exporting.export(published.NAME, tmp_path / "x", format="onnx")
 

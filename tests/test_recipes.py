@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LESS_DATA, SHRUNK
 
 from tests.examples import example
+from tests.tiny import LESS_DATA, SHRUNK
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.configs import build
 from zoo.registry import ARCHITECTURES, architecture
@@ -23,9 +23,15 @@ WEIGHTS = list(cards.load_cards())
 STUDIES = {"dselect-k-recommender.movielens-100k-pairs", "dselect-k-recovery.synthetic"}
 """Comparisons that no weight is published of."""
 TO_TRAIN = {
+    "continuous-flow.toy",
     "dselect-k-moe.multi-fashion-mnist",
     "dselect-k-moe.multi-mnist",
     "dselect-k-recommender.movielens-100k",
+    "latent-ode.spirals",
+    "latent-ode.spirals-30",
+    "latent-ode.spirals-50",
+    "ode-resnet.fashion-mnist",
+    "ode-resnet.mnist",
 }
 """Weights that have a recipe and are still to be trained; they have no card before."""
 
@@ -48,10 +54,14 @@ def test_every_recipe_is_covered() -> None:
     """One for each weight, and for each weight the model and at least one control."""
     assert not TO_TRAIN & {*WEIGHTS}, "it is trained: take it out of the list"
     assert {Path(name).stem for name in PUBLISHED} == {*WEIGHTS, *TO_TRAIN}
-    others = [name for name in RECIPES if name not in PUBLISHED]
+    # Recipes of nets that are not published: there is no weight, and so no card.
+    experiments = [name for name in RECIPES if name.startswith("experiments/")]
+    assert not any(read_recipe(FOLDER / name).weight for name in experiments)
+    others = [name for name in RECIPES if name not in (*PUBLISHED, *experiments)]
     assert {name.split("/")[1] for name in others} == {*WEIGHTS, *TO_TRAIN, *STUDIES}
     assert all(name.split("/")[0] == "controls" and name.count("/") == 2 for name in others)
-    assert len(RECIPES) == len(PUBLISHED) + len(others) >= 3 * len(WEIGHTS) > 0
+    assert len(RECIPES) == len(PUBLISHED) + len(experiments) + len(others)
+    assert len(RECIPES) >= 3 * len(WEIGHTS) > 0
     used = {read_recipe(FOLDER / name).architecture for name in RECIPES}
     assert used == {name for name, entry in ARCHITECTURES.items() if entry.module[:4] == "zoo."}
 
@@ -139,8 +149,10 @@ def test_every_control_is_on_the_card_with_equal_budget(name: str) -> None:
     recorded = {control.recipe for control in card.controls}
     expected = {path.relative_to(FOLDER).as_posix() for path in controls.find_recipes(name)}
     assert recorded == expected
-    assert len({control.result.seeds for control in card.controls}) == 1
-    assert len(card.controls[0].result.seeds) >= 3
+    seeds = card.controls[0].result.seeds
+    assert len(seeds) >= 3
+    # Controls that a first look with one seed has set aside are not trained with all of them.
+    assert all(set(control.result.seeds) <= {*seeds} for control in card.controls)
     for control in card.controls:
         recipe = read_recipe(FOLDER / control.recipe)
         assert (control.name, control.differs) == (recipe.name, recipe.differs)

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 import zoo.cli
+from tests import tiny_images
 from zoo import training
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,31 @@ _RATINGS = [
 _PICTURE = 12
 """Pixels a side of the pictures of `write_pictures`."""
 
+
+def _made_images() -> str:
+    """A folder of pictures, made when the tests start and removed when they end."""
+    folder = tempfile.mkdtemp(prefix="zoo-images-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(tiny_images.write_folder(Path(folder)))
+
+
+_IMAGES = [
+    "trainer.check_val_every_n_epoch=1",
+    f"data.path={_made_images()}",
+    f"data.size={list(tiny_images.SIZE)}",
+    "data.batch_size=8",
+    f"model.network.num_classes={len(tiny_images.CLASSES)}",
+    "model.network.in_channels=3",
+]
+
+_ODE_RESNET = [
+    "model.network.num_classes=2",
+    "model.network.in_channels=1",
+    "model.network.widths=[4, 6]",
+    "model.network.body_from=0",
+    "data.batch_size=8",
+]
+
 SHRUNK: dict[str, list[str]] = {
     "cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL],
     "dselect-k-recommender": [
@@ -77,6 +103,12 @@ SHRUNK: dict[str, list[str]] = {
         "data.batch_size=8",
     ],
     "dselect-k-recovery": [*_TRAINER, "data.batch_size=64"],
+    "sau-shufflenet-v2-x0-5": [*_TRAINER, *_IMAGES],
+    "sau-shufflenet-v2-x1": [*_TRAINER, *_IMAGES],
+    "sau-shufflenet-v2-x2": [*_TRAINER, *_IMAGES],
+    "ode-resnet": [*_TRAINER, *_ODE_RESNET],
+    "latent-ode": [*_TRAINER, "model.network.hidden=4", "trainer.check_val_every_n_epoch=1"],
+    "continuous-flow": [*_TRAINER, "model.network.hidden=6"],
 }
 """Architecture -> overrides that make a second's training of any of its recipes."""
 
@@ -107,6 +139,11 @@ class _LessData(dict[str, list[str]]):
         folder = Path(tempfile.mkdtemp(prefix="zoo-tests-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         self[data] = {
+            "images": lambda: [
+                f"data.path={write_pictures(folder)}",
+                f"data.size=[{_PICTURE}, {_PICTURE}]",
+                "data.channels=1",
+            ],
             "ratings": lambda: [f"data.path={write_ratings(folder)}"],
             "image-pairs": lambda: [
                 f"data.path={write_pictures(folder)}",
@@ -117,7 +154,13 @@ class _LessData(dict[str, list[str]]):
         return self[data]
 
 
-LESS_DATA = _LessData({"text": ["data.validation_fraction=0.01"]})
+LESS_DATA = _LessData(
+    {
+        "text": ["data.validation_fraction=0.01"],
+        "spirals": ["data.count=8", "data.batch_size=4"],
+        "densities": ["data.batch_size=12", "data.steps=4", "data.test_points=20"],
+    }
+)
 """Data module -> overrides that leave little to train and measure on."""
 
 

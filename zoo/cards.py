@@ -161,6 +161,8 @@ class Measurements:
     controls: tuple[Control, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the training was and cost; plain JSON."""
+    diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Figures on robustness that `zoo evaluate --diagnose` computed; plain JSON."""
 
     def __post_init__(self) -> None:
         primary = sum(result.primary for result in self.results)
@@ -396,7 +398,8 @@ def parse(text: str, where: str = "card") -> Card:
     front_matter, _, body = text.removeprefix("---\n").partition("\n---\n")
     try:
         values = yaml.load(front_matter, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        # Of what looks like a date or a number and is none, the parser raises what Python does.
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     block = values.get("zoo") if isinstance(values, dict) else None
     if not isinstance(block, dict):

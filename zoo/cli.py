@@ -161,7 +161,19 @@ def _parser() -> _Parser:
     sub.add_argument(
         "--run", dest="run_folder", help="with --record: run folder that the weight comes from"
     )
+    sub.add_argument("--diagnose", action="store_true", help="also figures on robustness")
     sub.add_argument("--commit", help="with --record: commit that trained it, if the run lacks it")
+    sub.add_argument(
+        "--analog",
+        nargs="+",
+        metavar="KEY=VALUES",
+        help="measure a classifier with quantised, noisy activations and weights instead: "
+        "bits=4,6,8 noise=0.2,0.5 repeats=3 seed=0",
+    )
+    sub.add_argument(
+        "--beside", action="append", metavar="NAME", help="with --analog: another classifier"
+    )
+    sub.add_argument("--figures", metavar="FOLDER", help="with --analog: draw what was measured")
 
     sub = command("reproduce", _reproduce, "train from the recipe and compare with the record")
     _add_run_options(sub, "name")
@@ -174,6 +186,7 @@ def _parser() -> _Parser:
     sub.add_argument("name")
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     sub.add_argument("--out", help="folder of the runs (runs/controls/NAME)")
+    sub.add_argument("--only", nargs="+", metavar="RECIPE", help="train these alone, as relu")
     sub.add_argument("--record", metavar="FOLDER", help="write them into this checkpoint folder")
 
     sub = command("recovery", _recovery, "train gates on synthetic tasks whose experts are known")
@@ -501,20 +514,63 @@ def _show(evaluation: Evaluation, as_json: bool) -> int:
             }
         )
     if as_json:
-        _print_json({"name": evaluation.name, "passed": evaluation.passed, "outcomes": document})
+        shown = {"name": evaluation.name, "passed": evaluation.passed, "outcomes": document}
+        if evaluation.diagnostics is not None:
+            shown["diagnostics"] = evaluation.diagnostics
+        _print_json(shown)
     else:
         header = ["protocol", "metric", "value", "95 % interval", "n"]
         _table([*header, "recorded", "tolerance", "verdict"], rows)
+        if evaluation.diagnostics is not None:
+            for key, value in evaluation.diagnostics.items():
+                print(f"{key}:")
+                for line in value if isinstance(value, list) else [value]:
+                    print(f"  {json.dumps(line)}")
         print(f"{evaluation.name}: {evaluation.verdict}")
     return OK if evaluation.passed else FAILED
+
+
+def _analog(options: argparse.Namespace) -> int:
+    from zoo import analog
+
+    settings = analog.parse_settings(options.analog)
+    names = [options.name, *(options.beside or [])]
+    sweeps = [analog.sweep(name, settings, options.data_dir) for name in names]
+    if options.figures:
+        from zoo import figures
+
+        for path in figures.draw_analog(sweeps, Path(options.figures)):
+            print(f"Drew {path}", file=sys.stderr)
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(one) for one in sweeps])
+    else:
+        header = ["model", "bits", "noise", "accuracy", "spread", "digital", "images"]
+        _table(header, analog.rows(sweeps))
+    return OK
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from zoo import evaluation
 
+    if options.analog:
+        return _analog(options)
+    if options.beside or options.figures:
+        raise ZooError("--beside and --figures go with --analog.")
     if options.record:
-        evaluation.record(options.name, run=options.run_folder, commit=options.commit)
-    result = evaluation.evaluate(options.name, options.data_dir, protocols=options.protocol)
+        evaluation.record(
+            options.name,
+            run=options.run_folder,
+            commit=options.commit,
+            diagnose=options.diagnose,
+        )
+    result = evaluation.evaluate(
+        options.name,
+        options.data_dir,
+        protocols=options.protocol,
+        diagnose=options.diagnose and not options.record,
+    )
     return _show(result, options.json)
 
 
@@ -564,7 +620,7 @@ def _controls(options: argparse.Namespace) -> int:
     from zoo import controls
 
     with _chatter():
-        arms = controls.run(options.name, seeds=options.seeds, out=options.out)
+        arms = controls.run(options.name, seeds=options.seeds, out=options.out, only=options.only)
     if options.record:
         controls.record(arms, options.record)
     if options.json:

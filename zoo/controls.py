@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from zoo import evaluation, training
 from zoo.cards import Control, shipped_folder
 from zoo.configs import to_json
-from zoo.errors import ZooError
+from zoo.errors import UnknownNameError, ZooError, nearest
 from zoo.files import RESULTS_FILE, read_json, write_json
 from zoo.progress import track
 
@@ -71,21 +71,33 @@ def run(
     seeds: Sequence[int] = (1, 2, 3),
     out: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
+    only: Sequence[str] | None = None,
 ) -> list[Control]:
     """Train what is missing, and return one `Control` per recipe and protocol.
+
+    Controls may have unlike numbers of seeds: each is recorded with those it was trained with.
 
     Args:
         name: full name of a weight.
         seeds: training seeds.
         out: folder of the runs; None: `runs/controls/<name>`.
         overrides: `section.key=value`, applied to every control alike.
+        only: names of the recipes to train now, without folder and suffix; None: all.
 
     Raises:
+        UnknownNameError: there is no such recipe.
         ZooError: there are no controls, or a run is not possible.
     """
     folder = Path("runs/controls") / name if out is None else Path(out)
     recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
-    jobs = [(recipe, seed) for seed in seeds for recipe in recipes]
+    stems = [recipe.path.stem for recipe in recipes]
+    for stem in only or ():
+        if stem not in stems:
+            raise UnknownNameError(
+                f"{name} has no control {stem!r}.{nearest(stem, stems)}"
+                f" There are: {', '.join(stems)}."
+            )
+    jobs = [(r, seed) for seed in seeds for r in recipes if only is None or r.path.stem in only]
     for recipe, seed in track(jobs, "controls"):
         _train(recipe, seed, folder / recipe.path.stem / f"seed_{seed}", overrides)
     return collect(name, seeds=seeds, out=folder, overrides=overrides)
@@ -101,7 +113,7 @@ def collect(
     """The `Control` records of finished runs; see `run`.
 
     Raises:
-        ZooError: a run is missing.
+        ZooError: a control has no finished run.
     """
     folder = Path(out)
     recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
@@ -171,10 +183,11 @@ def _load_arm(recipe: training.Recipe, seeds: Sequence[int], folder: Path, proto
     from zoo.tasks.base import Measurement
 
     measurements, minutes = [], 0.0
-    for seed in seeds:
-        path = folder / f"seed_{seed}" / _OUTCOME
-        if not path.is_file():
-            raise ZooError(f"The run of {recipe.path.stem} with seed {seed} is missing at {path}.")
+    paths = {seed: folder / f"seed_{seed}" / _OUTCOME for seed in seeds}
+    paths = {seed: path for seed, path in paths.items() if path.is_file()}
+    if not paths:
+        raise ZooError(f"There is no finished run of {recipe.path.stem} in {folder}.")
+    for path in paths.values():
         stored = read_json(path)
         one: dict[str, Any] = stored["measured"][protocol]
         measurements.append(
@@ -190,7 +203,7 @@ def _load_arm(recipe: training.Recipe, seeds: Sequence[int], folder: Path, proto
         minutes += float(stored["cpu_minutes"])
     return _Arm(
         recipe=recipe,
-        seeds=tuple(seeds),
+        seeds=tuple(paths),
         measurements=tuple(measurements),
         cpu_minutes=minutes,
     )

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zoo import checkpoints, hub, training
+from zoo import checkpoints, evaluation, hub, training
 from zoo.cards import Card
 from zoo.errors import DataError, ZooError
 
-__all__ = ["draw", "expert_usage", "losses_by_position", "read_metrics"]
+if TYPE_CHECKING:
+    from zoo.analog import AnalogSweep
+
+__all__ = ["draw", "draw_analog", "expert_usage", "losses_by_position", "read_metrics"]
 
 _WINDOW = 10
 
@@ -46,6 +49,41 @@ def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> li
     paths = [_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ()))]
     for drawer in _DRAWERS.get(card.task, ()):
         paths += drawer(module, folder, metrics, out)
+    return paths
+
+
+def draw_analog(sweeps: Sequence[AnalogSweep], out: Path) -> list[Path]:
+    """Accuracy over precision at the least noise, and over noise at the highest precision.
+
+    Args:
+        sweeps: one line each; bars are the spread over draws of the noise.
+        out: folder to write to.
+
+    Returns:
+        Paths of the PNG files.
+
+    Raises:
+        ZooError: matplotlib is missing.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for over, fixed, best, label in (
+        ("bits", "noise", min, "bits: 2^bits levels per unit"),
+        ("noise", "bits", max, "noise: error probability"),
+    ):
+        at = best(getattr(result, fixed) for one in sweeps for result in one.results)
+        paths.append(out / f"analog_{over}.png")
+        with _figure(paths[-1]) as axes:
+            for one in sweeps:
+                line = sorted(
+                    (getattr(r, over), r.mean, r.spread or 0.0)
+                    for r in one.results
+                    if getattr(r, fixed) == at
+                )
+                places, means, spreads = zip(*line, strict=True)
+                axes.errorbar(places, means, yerr=spreads, marker="o", capsize=2, label=one.name)
+            axes.set(xlabel=label, ylabel="accuracy", title=f"{fixed} {at:g}")
+            axes.legend(frameon=False)
     return paths
 
 
@@ -192,6 +230,71 @@ def _accuracy(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Pa
     return [path]
 
 
+def _solvers(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    """Of a network with ODE blocks: evaluations over training, and the metric under solvers."""
+    paths = []
+    if "nfe" in metrics:
+        paths.append(out / "evaluations.png")
+        with _figure(paths[-1]) as axes:
+            for name, label in (("nfe", "forward"), ("nfe_backward", "backward, beside those")):
+                if name in metrics:
+                    axes.plot(*zip(*metrics[name], strict=True), label=label)
+            axes.set(xlabel="step", ylabel="evaluations of the field")
+            axes.legend(frameon=False)
+    measured = evaluation.read_results(folder)
+    curve = [] if measured is None else measured.diagnostics.get("solver_curve", [])
+    by_solver: dict[str, list[tuple[int, float]]] = {}
+    for entry in curve:
+        if "value" in entry:
+            by_solver.setdefault(entry["solver"], []).append((entry["nfe"], entry["value"]))
+    if by_solver:
+        paths.append(out / "solvers.png")
+        with _figure(paths[-1]) as axes:
+            for solver, points in by_solver.items():
+                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=solver)
+            axes.set(xlabel="evaluations of the field", ylabel=next(iter(module.protocols)))
+            axes.set_xscale("log", base=2)
+            axes.legend(frameon=False)
+    return paths
+
+
+def _trajectories(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    """A few test spirals: the truth, what is observed, and draws of what follows."""
+    from zoo.data.spirals import SPACING, WINDOW
+
+    datamodule = training.data_module(training.read_recipe(folder / "recipe.yaml"))
+    spirals, path = datamodule.test, out / "trajectories.png"
+    times = [(i + 1) * SPACING for i in range(2 * WINDOW)]
+    with _figure(path, 5.0, 5.0) as axes:
+        for index in range(4):
+            pair = (spirals.times[index], spirals.values[index])
+            (found,) = module.predict(pair, times, draws=5, seed=0)
+            for drawn in found.draws:
+                axes.plot(*drawn.T.tolist(), color="C0", alpha=0.3, linewidth=1)
+            axes.plot(*spirals.truth[index].T.tolist(), color="black", linewidth=1)
+            axes.scatter(*spirals.values[index].T.tolist(), color="C1", s=4, zorder=3)
+        axes.set_aspect("equal")
+    return [path]
+
+
+def _densities(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    """Each density of a flow over the plane, with points drawn from it."""
+    import torch
+
+    from zoo.data.densities import DENSITIES
+
+    axis, paths = torch.linspace(-4, 4, 161), []
+    grid = torch.cartesian_prod(axis, axis)
+    for name in DENSITIES:
+        paths.append(out / f"{name}.png")
+        density = module.predict(grid, name).exp().view(161, 161)
+        with _figure(paths[-1], 4.0, 4.0) as axes:
+            axes.imshow(density.T.tolist(), origin="lower", extent=(-4, 4, -4, 4), cmap="viridis")
+            axes.scatter(*module.sample(name, 300, seed=0).T.tolist(), color="white", s=1)
+            axes.set(title=name, xlim=(-4, 4), ylim=(-4, 4))
+    return paths
+
+
 def expert_usage(metrics: Metrics, task: str) -> tuple[list[int], list[list[float]]]:
     """Steps, and at each step the mean weight of each expert for a task.
 
@@ -226,15 +329,19 @@ def _experts(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Pat
 Drawer = Callable[[Any, Path, Metrics, Path], list[Path]]
 
 _LOSS: dict[str, tuple[str, str]] = {
+    "density-estimation": ("nats per point", "test points"),
     "language-modeling": ("nats per character", "validation (blocks)"),
     "recommendation": ("weighed loss of both tasks", "validation, one drawn item for each rated"),
+    "trajectory-forecasting": ("nats per observation", "test spirals"),
 }
 """Task -> unit of the loss, and what it is validated on."""
 
 _DRAWERS: dict[str, tuple[Drawer, ...]] = {
-    "image-classification": (_accuracy,),
+    "density-estimation": (_densities,),
+    "image-classification": (_accuracy, _solvers),
     "image-pair-classification": (_experts,),
     "language-modeling": (_language_model,),
     "recommendation": (_experts,),
+    "trajectory-forecasting": (_trajectories,),
 }
 """Task -> what draws its further figures, of module, checkpoint folder, metrics, output folder."""

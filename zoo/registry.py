@@ -56,6 +56,24 @@ _architectures = {
             module="zoo.tasks.language_modeling:LanguageModel",
         ),
         Architecture(
+            name="ode-resnet",
+            family="continuous-depth",
+            task="image-classification",
+            module="zoo.tasks.continuous_depth:ODEResNetClassifier",
+        ),
+        Architecture(
+            name="latent-ode",
+            family="continuous-depth",
+            task="trajectory-forecasting",
+            module="zoo.tasks.trajectories:TrajectoryModel",
+        ),
+        Architecture(
+            name="continuous-flow",
+            family="continuous-depth",
+            task="density-estimation",
+            module="zoo.tasks.density:DensityModel",
+        ),
+        Architecture(
             name="dselect-k-recommender",
             family="dselect-k",
             task="recommendation",
@@ -78,6 +96,36 @@ _architectures = {
             family="dselect-k",
             task="expert-recovery",
             module="zoo.tasks.expert_recovery:ExpertRecovery",
+        ),
+        Architecture(
+            name="sau-shufflenet-v2-x0-5",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX0_5",
+        ),
+        Architecture(
+            name="sau-shufflenet-v2-x1",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX1",
+        ),
+        Architecture(
+            name="sau-shufflenet-v2-x2",
+            family="sau-shufflenet",
+            task="image-classification",
+            module="zoo.tasks.sau_shufflenet:SAUShuffleNetX2",
+        ),
+        Architecture(
+            name="online-ensemble",
+            family="online-ensemble",
+            task="online-learning",
+            module="zoo.tasks.online_learning:OnlineClassifier",
+        ),
+        Architecture(
+            name="online-ensemble-encoder",
+            family="online-ensemble",
+            task="representation-learning",
+            module="zoo.tasks.encoder_training:EncoderTraining",
         ),
     ]
 }

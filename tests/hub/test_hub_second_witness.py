@@ -78,6 +78,9 @@ hf-lfs-netloc = "127.0.0.1:9"
 mirror-scheme = "http"
 mirror-netloc = "127.0.0.1:{port}"
 mirror-lfs-netloc = "127.0.0.1:{port}"
+
+[accessibility]
+offline = true
 """
     )
     assert OLAH is not None
@@ -87,9 +90,10 @@ mirror-lfs-netloc = "127.0.0.1:{port}"
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(f"{url}/api/models/sandbox/tiny", timeout=5).close()
+                urllib.request.urlopen(f"{url}/api/models/sandbox/tiny/revision/v1", timeout=5)
                 break
             except urllib.error.URLError:
                 assert process.poll() is None, (tmp_path / "olah.log").read_text()

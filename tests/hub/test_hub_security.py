@@ -121,8 +121,8 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "newer format": (lambda config: config.update(format_version=99), "format version 99"),
     "other preprocessing": (
-        lambda config: config.update(preprocessing={"tokenizer": "exec"}),
-        "preprocessing: .*tokenizer.*expected 'bytes'",
+        lambda config: config.update(preprocessing={"tokenizer": "exec", "start": 10}),
+        "preprocessing: tokenizer: expected 'bytes', got 'exec'",
     ),
 }
 

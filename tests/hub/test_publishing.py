@@ -576,9 +576,11 @@ def test_from_pretrained_is_strict(sandbox: Sandbox, folder: Path) -> None:
 
 _LOAD = """
 import sys, torch, zoo
-module = zoo.load("sandbox/tiny@v1")
 tokens = torch.arange(40).reshape(2, 20)
-torch.save(module.network(tokens)[0].detach(), sys.argv[1])
+for path in sys.argv[1:]:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    torch.save(zoo.load("sandbox/tiny@v1").network(tokens)[0].detach(), path)
 """
 
 
@@ -590,11 +592,21 @@ def test_a_new_process_loads_what_was_published_and_again_without_the_server(
     push(folder, REPO)
     expected, _ = published.module().network(torch.arange(40).reshape(2, 20))
     environ = published.environment(sandbox.url, tmp_path / "home")
-    published.run(_LOAD, environ, str(tmp_path / "online.pt"))
+    paths = [tmp_path / "online.pt", tmp_path / "offline.pt"]
+    process = published.start(_LOAD, environ, *map(str, paths))
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "ready\n"
     sandbox.stop()
-    published.run(_LOAD, environ, str(tmp_path / "offline.pt"))
-    for name in ("online.pt", "offline.pt"):
-        assert torch.equal(torch.load(tmp_path / name, weights_only=True), expected)
+    _, errors = process.communicate("go\n")
+    assert process.returncode == 0, errors
+    online, offline = (torch.load(path, weights_only=True) for path in paths)
+    assert torch.equal(online, offline)
+    # The same weights, in processes that may order their sums otherwise.
+    torch.testing.assert_close(online, expected, rtol=0, atol=1e-6)
 
 
 def test_the_public_face_has_it() -> None:

@@ -85,6 +85,17 @@ _CIFAR = "none stated by its authors"
 _MOVIELENS = "GroupLens: research use, no redistribution"
 
 
+def _omniglot(file: str, size: int, md5: str) -> Source:
+    return Source(
+        path=f"omniglot/{file}",
+        size=size,
+        digest=md5,
+        algorithm="md5",
+        url=f"https://raw.githubusercontent.com/brendenlake/omniglot/master/python/{file}",
+        licence="MIT",
+    )
+
+
 SOURCES: dict[str, Source] = {
     "tiny-shakespeare": Source(
         path="tiny-shakespeare/input.txt",
@@ -135,6 +146,12 @@ SOURCES: dict[str, Source] = {
         "15d484375f8d13e6eb1aabb0c3f46965",
         *_FASHION,
         bundled=True,
+    ),
+    "omniglot-small-1": _omniglot(
+        "images_background_small1.zip", 1_319_022, "e704a628b5459e08445c13499850abc4"
+    ),
+    "omniglot-small-2": _omniglot(
+        "images_background_small2.zip", 1_580_917, "b75a71a51d3b13f821f212756fe481fd"
     ),
     "cifar100-train-parquet": Source(
         path="cifar100/train-00000-of-00001.parquet",

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.configs import to_json
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, ZooError
 from zoo.provenance import source_commit
 from zoo.tasks.optimization import OptimizerConfig, build_optimizer
 
@@ -135,6 +135,14 @@ class ZooModule(pl.LightningModule):
     def measure(self, datamodule: pl.LightningDataModule, protocol: str) -> Measurement:
         """Measure the network by one of `protocols`; each sample is counted exactly once."""
         raise NotImplementedError(f"{type(self).__name__} has no evaluation protocol {protocol!r}")
+
+    def diagnose(self, datamodule: pl.LightningDataModule) -> dict[str, Any]:
+        """Figures on robustness, as plain JSON, where a family has any; see `zoo evaluate`.
+
+        Raises:
+            ZooError: the model has none.
+        """
+        raise ZooError(f"{type(self).__name__} has no diagnostics.")
 
     def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
         """The network as `zoo export` writes it, with random inputs.

@@ -23,7 +23,7 @@ from zoo.progress import track
 from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
 from zoo.tasks.optimization import OptimizerConfig
 
-__all__ = ["ImageClassifier", "ImagePrediction"]
+__all__ = ["ImageClassifier", "ImagePrediction", "images_of"]
 
 _BATCH = 500
 
@@ -68,6 +68,9 @@ def _average(
 
 class _FromPixels(nn.Module):
     """A network with the normalisation of its images before it."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, network: nn.Module, preprocessing: ImagePreprocessing) -> None:
         super().__init__()
@@ -368,7 +371,7 @@ class ImageClassifier(ZooModule):
         inputs = [
             preprocessing.normalise(checked)
             for image in ([images] if single else images)
-            for checked in _images(image, preprocessing)
+            for checked in images_of(image, preprocessing)
         ]
         if not inputs:
             raise DataError("predict got no images.")
@@ -390,7 +393,7 @@ class ImageClassifier(ZooModule):
         ]
 
 
-def _images(image: Any, preprocessing: ImagePreprocessing) -> list[Tensor]:
+def images_of(image: Any, preprocessing: ImagePreprocessing) -> list[Tensor]:
     """Checked C x H x W tensors of one thing that a user has handed in."""
     if isinstance(image, (str, os.PathLike)):
         picture = read_image(Path(image).expanduser(), preprocessing.channels)
