@@ -46,6 +46,12 @@ def test_every_gate_is_trained_for_every_number_of_tasks_and_kept(tmp_path: Path
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_true_experts_are_for_nets_of_as_many(tmp_path: Path) -> None:
+    overrides = [*SHRUNK["dselect-k-recovery"], "data.steps=2", "model.true_experts=true"]
+    arms = recovery.run([2], seeds=[1], out=tmp_path, overrides=overrides)
+    assert {a.gate for a in arms} == GATES - {"shared bottom", "single task"}
+
+
 def test_a_summary_is_the_mean_with_an_interval_that_holds_it() -> None:
     values = (0.2, 0.4, 0.9)
     summary = arm("x", 2, values).summary("error")

@@ -82,7 +82,8 @@ def run(
         tasks: numbers of tasks.
         seeds: of the data and the training.
         out: folder of the runs.
-        overrides: `section.key=value`, applied to every gate alike.
+        overrides: `section.key=value`, applied to every gate alike. With `model.true_experts=true`
+            the gates alone are trained, and nets of fewer or more experts are left out.
 
     Raises:
         ConfigError: there is no number of tasks or no seed.
@@ -109,7 +110,10 @@ def run(
         recipe = training.read_recipe(path, changes)
         if recipe.options["model"]["network"]["gate"]["kind"] == "fixed":
             recipe.options["model"]["network"]["num_experts"] = count  # one for each task
-        found.setdefault((recipe.name, count), []).append(_train(recipe, folder))
+        model = recipe.options["model"]
+        as_many = model["network"]["num_experts"] == recipe.options["data"]["experts"]
+        if as_many or not model["true_experts"]:
+            found.setdefault((recipe.name, count), []).append(_train(recipe, folder))
     return [
         Arm(
             gate=gate,

@@ -157,6 +157,17 @@ def test_side_features_move_the_vectors_by_a_linear_map() -> None:
     assert net(users, items).outputs.shape == (6, 2)
 
 
+@pytest.mark.parametrize("product", [True, False])
+def test_experts_see_both_vectors_and_perhaps_their_product(product: bool) -> None:
+    net = recommender(product=product)
+    users, items = inputs_of(net)
+    u, v = net.users.weight[users], net.items.weight[items]
+    expected = torch.cat([u, v, u * v] if product else [u, v], 1)
+    assert torch.equal(net.gate_input(users, items), expected)
+    features = net.moe(expected, expected).features
+    torch.testing.assert_close(net(users, items).outputs, net.forward_head(features))
+
+
 def test_fixed_gates_share_nothing() -> None:
     net = pairs_of_images(num_experts=2, gate=GateConfig(kind="fixed"))
     x = torch.randn(3, 1, 18, 18)

@@ -157,6 +157,9 @@ class RecommenderConfig:
     """What is predicted: whether a user watches an item, and how they rate it."""
     embedding_dim: int = 64
     """Width of the embedding of a user, and of an item."""
+    product: bool = True
+    """Whether experts and per-example gates see the product of the two embeddings, element by
+    element, beside the embeddings themselves, which is all that the papers' network sees."""
     num_experts: int = 8
     """Number of experts n."""
     expert_widths: tuple[int, ...] = (128,)
@@ -213,6 +216,7 @@ class RecommenderNet(MultiTaskNet):
         super().__init__()
         self.config = config
         dim = config.embedding_dim
+        width = (3 if config.product else 2) * dim
         self.users = nn.Embedding(config.num_users, dim)
         self.items = nn.Embedding(config.num_items, dim)
         for name, count, features in (
@@ -223,8 +227,8 @@ class RecommenderNet(MultiTaskNet):
             self.register_module(f"{name}_side", side)
             self.register_buffer(f"{name}_table", torch.zeros(count, features))
         self._build(
-            MLPExperts(config.num_experts, 2 * dim, config.expert_widths, config.dropout),
-            build_gate(config.gate, config.num_experts, len(config.tasks), 2 * dim),
+            MLPExperts(config.num_experts, width, config.expert_widths, config.dropout),
+            build_gate(config.gate, config.num_experts, len(config.tasks), width),
             config.tower_widths,
             1,
             config.dropout,
@@ -267,8 +271,12 @@ class RecommenderNet(MultiTaskNet):
         )
 
     def gate_input(self, users: Tensor, items: Tensor) -> Tensor:  # type: ignore[override]
-        """The two vectors, one behind the other."""
-        return torch.cat((self.user_vectors(users), self.item_vectors(items)), -1)
+        """The two vectors, one behind the other, and their product."""
+        return self._joined(self.user_vectors(users), self.item_vectors(items))
+
+    def _joined(self, users: Tensor, items: Tensor) -> Tensor:
+        product = (users * items,) if self.config.product else ()
+        return torch.cat((users, items, *product), -1)
 
     def forward_features(self, users: Tensor, items: Tensor) -> Tensor:
         """Mixed features of each task, B x T x H."""
@@ -280,7 +288,7 @@ class RecommenderNet(MultiTaskNet):
         self, users: Tensor, items: Tensor, *, hard: bool = False, dispatch: Dispatch = "auto"
     ) -> MultiTaskOutput:
         """As `forward`, from vectors B x D: of users that are not in the table, for instance."""
-        pair = torch.cat((users, items), -1)
+        pair = self._joined(users, items)
         features, routing = self.moe(pair, pair, hard=hard, dispatch=dispatch)
         return MultiTaskOutput(self.forward_head(features), routing)
 
