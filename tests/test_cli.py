@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load, save
-from tiny import ROOT, Said, copy, run, write_recipe
 
 import zoo
+from tests.tiny import ROOT, Said, copy, run, write_recipe
 from zoo import cards, checkpoints, cli, controls, evaluation, hub, training
 from zoo.files import CONFIG_FILE, RESULTS_FILE, WEIGHTS_FILE
 

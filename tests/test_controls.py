@@ -14,8 +14,8 @@ import scipy.stats
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import SEGMENT, write_recipe
 
+from tests.tiny import SEGMENT, write_recipe
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.cards import Control
 from zoo.errors import ZooError

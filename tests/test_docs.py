@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny import LESS_DATA, ROOT, SHRUNK, run, write_text
 
+from tests.tiny import LESS_DATA, ROOT, SHRUNK, run, write_text
 from zoo import cards, cli
 from zoo.training import read_recipe
 

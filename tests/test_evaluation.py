@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from tiny import SEGMENT, copy, write_recipe
 
+from tests.tiny import SEGMENT, copy, write_recipe
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.cards import Card, Measurements, Result
 from zoo.errors import CheckpointError, ZooError

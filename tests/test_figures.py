@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SEGMENT, write_recipe
 
+from tests.tiny import SEGMENT, write_recipe
 from zoo import cards, checkpoints, figures, hub, training
 from zoo.cards import Card
 from zoo.errors import DataError, ZooError

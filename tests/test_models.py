@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import SHRUNK
 from torch import Tensor, nn
 
 import zoo
 from tests.examples import example, first_tensor, give_preprocessing
+from tests.tiny import SHRUNK
 from zoo import cards, checkpoints, training
 from zoo.configs import build, to_json
 from zoo.errors import ConfigError

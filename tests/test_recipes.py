@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LESS_DATA, SHRUNK
 
 from tests.examples import example
+from tests.tiny import LESS_DATA, SHRUNK
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.configs import build
 from zoo.registry import ARCHITECTURES, architecture

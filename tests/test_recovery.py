@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 
 import pytest
-from tiny import SHRUNK, run
 
+from tests.tiny import SHRUNK, run
 from zoo import recovery
 from zoo.errors import ConfigError
 

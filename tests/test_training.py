@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import ROOT, SEGMENT, SHRUNK, run, write_recipe, write_text
 
+from tests.tiny import ROOT, SEGMENT, SHRUNK, run, write_recipe, write_text
 from zoo import checkpoints, figures, training
 from zoo.cards import shipped_folder
 from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny import ROOT
 
+from tests.tiny import ROOT
 from zoo import cards
 from zoo.data.sources import SOURCES
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tiny_images
 import yaml
 from PIL import Image
 
 import zoo.cli
+from tests import tiny_images
 from zoo import training
 
 ROOT = Path(__file__).parents[1]

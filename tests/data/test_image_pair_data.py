@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pairs import COUNT, HELD_OUT, PICTURES, data, write_pictures
 
+from tests.pairs import COUNT, HELD_OUT, PICTURES, data, write_pictures
 from zoo.data.image_pairs import ImagePairDataModule, PairBatch, compose
 from zoo.errors import DataError, UnknownNameError
 

@@ -22,10 +22,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_images import CLASSES, SIZE, make_images, write_folder
 from torch import Tensor
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
+from tests.tiny_images import CLASSES, SIZE, make_images, write_folder
 from zoo.data import images, sources
 from zoo.data.images import (
     IMAGE_SETS,

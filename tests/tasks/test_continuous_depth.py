@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import yaml
-from tiny_images import CLASSES, SIZE, write_folder
 
+from tests import tiny
+from tests.tiny_images import CLASSES, SIZE, write_folder
 from zoo import checkpoints, training
 from zoo.data.densities import DENSITIES, DensityDataModule
 from zoo.data.images import ImagePreprocessing

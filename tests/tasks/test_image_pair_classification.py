@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pairs import HELD_OUT, PICTURES, write_pictures
 
+from tests.pairs import HELD_OUT, PICTURES, write_pictures
 from zoo import checkpoints, evaluation, training
 from zoo.data.image_pairs import compose
 from zoo.data.images import ImagePreprocessing

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 import yaml
 from torchmetrics.retrieval import RetrievalNormalizedDCG
 
+from tests import tiny
 from zoo import checkpoints, evaluation, training
 from zoo.data.ratings import RatingsDataModule
 from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError

@@ -14,10 +14,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import grc_reference as reference
 import pytest
 import torch
-from grc_reference import randomised, to_array
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.families.cached_transformers import grc_reference as reference
+from tests.families.cached_transformers.grc_reference import randomised, to_array
 from zoo.families.cached_transformers import (
     GRC_PRESETS,
     AttentionState,

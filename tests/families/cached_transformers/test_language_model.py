@@ -7,17 +7,17 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import grc_reference as reference
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from grc_reference import randomised, to_array
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.families.cached_transformers import grc_reference as reference
+from tests.families.cached_transformers.grc_reference import randomised, to_array
 from zoo.families.cached_transformers import (
     AttentionState,
     CachedTransformerLM,

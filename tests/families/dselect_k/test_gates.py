@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import dselect_reference as reference
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.families.dselect_k import dselect_reference as reference
 from zoo.configs import build
 from zoo.errors import ConfigError
 from zoo.families.dselect_k import (

@@ -187,7 +187,7 @@ class ConvExperts(ExpertBank):
         self.num_experts, self.out_features = num_experts, self.dense.out_features
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
-        weight = weight.view(len(bias), -1, self.kernel, self.kernel)
+        weight = weight.view(bias.shape[0], -1, self.kernel, self.kernel)
         return F.max_pool2d(F.relu(F.conv2d(x, weight, bias, groups=groups)), 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class ConvExperts(ExpertBank):
             assert isinstance(layer, BatchedLinear)
             weight, bias = layer.weight.flatten(0, 1), layer.bias.flatten()
             x = self._convolve(x, weight, bias, groups=1 if index == 0 else self.num_experts)
-        return self._dense(x.view(len(x), self.num_experts, -1))
+        return self._dense(x.view(x.shape[0], self.num_experts, -1))
 
     def _dense(self, x: Tensor) -> Tensor:
         features: Tensor = self.dense(x)
@@ -233,7 +233,8 @@ def mix(experts: ExpertBank, x: Tensor, weights: Tensor, dispatch: Dispatch = "a
         dispatch: how to compute it.
     """
     if dispatch == "dense":
-        return torch.einsum("btn,bnh->bth", weights.expand(len(x), -1, -1), experts(x))
+        # Sizes by `shape`, since `len` would fix the batch of an exported graph.
+        return torch.einsum("btn,bnh->bth", weights.expand(x.shape[0], -1, -1), experts(x))
     in_use = (weights != 0).any(1)
     if dispatch == "auto" and in_use.double().mean() > _SPARSE_BELOW:
         return mix(experts, x, weights, "dense")
@@ -268,7 +269,7 @@ def _mix_sorted(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor)
         mode="sum",
         per_sample_weights=weights[weighed],
     )
-    return mixed.view(len(x), weights.shape[1], -1)
+    return mixed.view(x.shape[0], weights.shape[1], -1)
 
 
 class Mixture(NamedTuple):

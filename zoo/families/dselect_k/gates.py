@@ -246,7 +246,7 @@ class DSelectK(Gate):
 
     def _bits(self, x: Tensor | None, hard: bool) -> Tensor:
         z: Tensor = self.codes(x)
-        z = z.view(len(z), self.num_tasks, self.k, self.num_bits)
+        z = z.view(z.shape[0], self.num_tasks, self.k, self.num_bits)
         return (z > 0).to(z.dtype) if hard else smooth_step(z, self.gamma)
 
     def _selectors(self, bits: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class DSelectK(Gate):
         """See `Gate.forward`; hardened, a bit is 1 where its logit is positive."""
         selectors = self._selectors(self._bits(x, hard))
         mixture: Tensor = self.mixing(x)
-        mixture = mixture.view(len(mixture), self.num_tasks, self.k, 1).softmax(-2)
+        mixture = mixture.view(mixture.shape[0], self.num_tasks, self.k, 1).softmax(-2)
         return Routing((mixture * selectors).sum(-2), selectors)
 
     def regulariser(self, routing: Routing, progress: float = 1.0) -> Tensor:
@@ -310,7 +310,7 @@ class SoftmaxGate(Gate):
     def forward(self, x: Tensor | None = None, *, hard: bool = False) -> Routing:
         """See `Gate.forward`."""
         scores: Tensor = self.scores(x)
-        return Routing(scores.view(len(scores), self.num_tasks, self.num_experts).softmax(-1))
+        return Routing(scores.view(scores.shape[0], self.num_tasks, self.num_experts).softmax(-1))
 
 
 class TopKGate(Gate):
@@ -352,7 +352,7 @@ class TopKGate(Gate):
         scores: Tensor = self.scores(x)
         if self.noise is not None and self.training and not hard:
             scores = scores + torch.randn_like(scores) * F.softplus(self.noise(x))
-        scores = scores.view(len(scores), self.num_tasks, self.num_experts)
+        scores = scores.view(scores.shape[0], self.num_tasks, self.num_experts)
         kept = scores.topk(self.k, dim=-1)
         weights = torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(-1))
         return Routing(weights)
@@ -407,13 +407,13 @@ class GumbelGate(Gate):
     def forward(self, x: Tensor | None = None, *, hard: bool = False) -> Routing:
         """See `Gate.forward`; hardened takes the likeliest expert of each selector."""
         scores: Tensor = self.scores(x)
-        scores = scores.view(len(scores), self.num_tasks, self.k, self.num_experts)
+        scores = scores.view(scores.shape[0], self.num_tasks, self.k, self.num_experts)
         if self.training and not hard:
             selectors = F.gumbel_softmax(scores, self.temperature, hard=True)
         else:
             selectors = F.one_hot(scores.argmax(-1), self.num_experts).to(scores.dtype)
         mixture: Tensor = self.mixing(x)
-        mixture = mixture.view(len(mixture), self.num_tasks, self.k, 1).softmax(-2)
+        mixture = mixture.view(mixture.shape[0], self.num_tasks, self.k, 1).softmax(-2)
         return Routing((mixture * selectors).sum(-2), selectors)
 
 

@@ -339,11 +339,13 @@ class MatrixFactorisation(nn.Module):
 
     def user_vectors(self, users: Tensor) -> Tensor:
         """Vectors and offsets of users (integers B), B x T (D + 1)."""
+        _check_ids("user", users, self.config.num_users)
         vectors: Tensor = self.users(users)
         return vectors
 
     def item_vectors(self, items: Tensor) -> Tensor:
         """Vectors and offsets of items (integers B), B x T (D + 1)."""
+        _check_ids("item", items, self.config.num_items)
         vectors: Tensor = self.items(items)
         return vectors
 
@@ -366,7 +368,7 @@ class MatrixFactorisation(nn.Module):
 
     def _product(self, users: Tensor, items: Tensor) -> Tensor:
         tasks = len(self.config.tasks)
-        u, v = (vectors.view(len(vectors), tasks, -1) for vectors in (users, items))
+        u, v = (vectors.view(vectors.shape[0], tasks, -1) for vectors in (users, items))
         return (u[..., 1:] * v[..., 1:]).sum(-1) + u[..., 0] + v[..., 0]
 
     def group_matcher(self) -> dict[str, str]:
