@@ -43,6 +43,15 @@ def give_preprocessing(module: Any) -> None:
             items=tuple(str(item) for item in range(config.num_items)),
             scale=(1.0, 5.0),
         )
+    elif task == "image-classification":
+        channels = config.in_channels
+        module.preprocessing = module.preprocessing_config(
+            size=(32, 32),
+            channels=channels,
+            mean=(0.2,) * channels,
+            std=(0.3,) * channels,
+            classes=tuple(str(index) for index in range(config.num_classes)),
+        )
     elif task == "image-pair-classification":
         module.preprocessing = module.preprocessing_config(
             size=(config.size, config.size),

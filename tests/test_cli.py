@@ -40,7 +40,16 @@ TESTED_HERE = {
     "predict",
     "reproduce",
 }
-TESTED_ELSEWHERE = {"push", "pull", "hub-sandbox", "finetune", "recommend", "recovery", "learn"}
+TESTED_ELSEWHERE = {
+    "push",
+    "pull",
+    "export",
+    "hub-sandbox",
+    "finetune",
+    "recommend",
+    "recovery",
+    "learn",
+}
 """Where a command has a test file of its own, below tests/hub or beside its task."""
 
 
