@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.families.continuous_depth.trajectories import HORIZON
 from zoo.registry import architecture_of
 
-__all__ = ["Example", "example", "first_tensor"]
+__all__ = ["Example", "example", "first_tensor", "give_preprocessing"]
 
 
 class Example(NamedTuple):
@@ -29,6 +30,36 @@ def example(module: Any) -> Example:
     task = architecture_of(type(module)).task
     assert task in _EXAMPLES, f"add an example of {task!r} to tests/examples.py"
     return _EXAMPLES[task](module)
+
+
+def give_preprocessing(module: Any) -> None:
+    """Tell a module that was not trained what its input is, where its task wants that."""
+    if module.preprocessing_config is None or module.preprocessing is not None:
+        return
+    task, config = architecture_of(type(module)).task, module.config
+    if task == "recommendation":
+        module.preprocessing = module.preprocessing_config(
+            users=tuple(str(user) for user in range(config.num_users)),
+            items=tuple(str(item) for item in range(config.num_items)),
+            scale=(1.0, 5.0),
+        )
+    elif task == "image-classification":
+        channels = config.in_channels
+        module.preprocessing = module.preprocessing_config(
+            size=(32, 32),
+            channels=channels,
+            mean=(0.2,) * channels,
+            std=(0.3,) * channels,
+            classes=tuple(str(index) for index in range(config.num_classes)),
+        )
+    elif task == "image-pair-classification":
+        module.preprocessing = module.preprocessing_config(
+            size=(config.size, config.size),
+            channels=config.in_channels,
+            mean=(0.2,),
+            std=(0.3,),
+            classes=tuple(str(index) for index in range(config.num_classes)),
+        )
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -56,8 +87,46 @@ def _images(module: Any) -> Example:
     return Example((pixels,), (2, module.config.num_classes), images)
 
 
+def _trajectories(module: Any) -> Example:
+    # Both rows end at the same time, after which the network goes on.
+    times = torch.tensor([[0.1, 0.3, 0.5], [0.2, 0.3, 0.5]])
+    values = (torch.arange(12).double() * 0.7).sin().float().view(2, 3, 2)
+    pairs = [(row.tolist(), points.tolist()) for row, points in zip(times, values, strict=True)]
+    return Example((times, values), (2, HORIZON, module.config.dim), pairs)
+
+
+def _densities(module: Any) -> Example:
+    points = torch.tensor([[0.5, -1.0], [1.5, 0.25]])
+    condition = torch.eye(module.config.conditions)[:2]
+    return Example((points, condition), (2,), points)
+
+
+def _pairs(module: Any) -> Example:
+    users, items = torch.tensor([1, 2]), torch.tensor([3, 0])
+    known = module.preprocessing
+    asked = [] if known is None else [(known.users[1], known.items[3]), (known.users[2], "0")]
+    return Example((users, items), (2, len(module.config.tasks)), asked)
+
+
+def _canvases(module: Any) -> Example:
+    size = module.config.size
+    pixels = (torch.arange(2 * size * size).double() * 0.7).sin().float().view(2, 1, size, size)
+    shape = (2, module.config.num_tasks, module.config.num_classes)
+    return Example((pixels,), shape, pixels.abs())
+
+
+def _regression(module: Any) -> Example:
+    x = (torch.arange(2 * module.config.in_features).double() * 0.7).sin().float().view(2, -1)
+    return Example((x,), (2, module.config.num_tasks), x)
+
+
 _EXAMPLES: dict[str, Callable[[Any], Example]] = {
     "language-modeling": _text,
     "image-classification": _images,
+    "trajectory-forecasting": _trajectories,
+    "density-estimation": _densities,
+    "recommendation": _pairs,
+    "image-pair-classification": _canvases,
+    "expert-recovery": _regression,
 }
 """Task -> its example, for a given module."""

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 
+from tests import tiny
 from zoo import analog, evaluation, figures, training
 from zoo.analog import AnalogSettings, parse_settings
 from zoo.errors import ConfigError, ZooError

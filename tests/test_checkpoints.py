@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import pickle
 import struct
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.payloads import PAYLOADS, payload_in_tensor_storage
 from zoo import cards, checkpoints, registry
 from zoo.cards import Measurements
 from zoo.checkpoints import FORMAT_VERSION, CheckpointConfig, LoadReport, Migration
@@ -419,37 +419,6 @@ def test_what_was_hashed_is_what_is_parsed(folder: Path, monkeypatch: pytest.Mon
 
 
 # --- no pickle, no code --------------------------------------------------------------------------
-
-
-class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.witness,)
-
-
-def payload_bare(path: Path, witness: Path) -> None:
-    path.write_bytes(pickle.dumps(Payload(witness), protocol=2))
-
-
-def payload_zip(path: Path, witness: Path) -> None:
-    torch.save({"state_dict": {"w": torch.zeros(2)}, "extra": Payload(witness)}, path)
-
-
-def payload_legacy(path: Path, witness: Path) -> None:
-    torch.save(Payload(witness), path, _use_new_zipfile_serialization=False)
-
-
-def payload_in_tensor_storage(path: Path, witness: Path) -> None:
-    """A sound file, one tensor of which holds a pickle's bytes; nothing may look at them so."""
-    content = pickle.dumps(Payload(witness))
-    save_file({"w": torch.frombuffer(bytearray(content), dtype=torch.uint8)}, path)
-
-
-PAYLOADS = [payload_bare, payload_zip, payload_legacy]
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load, save
-from tiny import ROOT, Said, copy, run, write_recipe
 
 import zoo
+from tests.tiny import ROOT, Said, copy, run, write_recipe
 from zoo import cards, checkpoints, cli, controls, evaluation, hub, training
 from zoo.files import CONFIG_FILE, RESULTS_FILE, WEIGHTS_FILE
 
@@ -40,7 +40,16 @@ TESTED_HERE = {
     "predict",
     "reproduce",
 }
-TESTED_ELSEWHERE = {"push", "pull", "hub-sandbox", "finetune", "recommend", "learn"}
+TESTED_ELSEWHERE = {
+    "push",
+    "pull",
+    "export",
+    "hub-sandbox",
+    "finetune",
+    "recommend",
+    "recovery",
+    "learn",
+}
 """Where a command has a test file of its own, below tests/hub or beside its task."""
 
 
@@ -87,7 +96,7 @@ class Shelf:
         """Steps 5 to 7 of CONTRIBUTING.md."""
         trained = self.folder / "run"
         for step, *words in (
-            ("fit", "fit", NAME, "--out", trained),
+            ("fit", "fit", NAME, "trainer.log_every_n_steps=1", "--out", trained),
             ("convert", "convert", trained / "last.ckpt", self.pretrained, "--dtype", "float16"),
             ("record", "evaluate", self.pretrained, "--record", "--run", trained, "--json"),
             ("controls", "controls", NAME, "--seeds", 1, 2, "--out", self.folder / "controls",

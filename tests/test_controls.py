@@ -15,8 +15,8 @@ import scipy.stats
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import SEGMENT, write_recipe
 
+from tests.tiny import SEGMENT, write_recipe
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.cards import Control
 from zoo.errors import UnknownNameError, ZooError
@@ -24,10 +24,8 @@ from zoo.files import RESULTS_FILE, WEIGHTS_FILE
 
 NAME = "cached-transformer-lm.tiny-shakespeare"
 SEEDS = (1, 2)
-ARMS = (
-    "a-none",
-    "b-grc",
-)  # the model's own recipe is the last by name
+ARMS = ("a-none", "b-grc")
+"""Recipes by name; the one of the model itself is the last."""
 
 
 def write_controls(folder: Path) -> Path:

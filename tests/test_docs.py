@@ -11,18 +11,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny import LESS_DATA, ROOT, SHRUNK, run, write_text
 
+from tests.tiny import LESS_DATA, ROOT, SHRUNK, run, write_text
 from zoo import cards, cli
 from zoo.training import read_recipe
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 CARDS = [f"model_cards/{name}.md" for name in cards.load_cards()]
 
+HUB = "needs a Hub; tests/hub runs it against one"
+
 NOT_RUN_HERE = {
     "bash ci/quickstart.sh": "installs into an environment of its own; CI runs it",
     "bash ci/test.sh": "would run these tests from within themselves; CI runs it",
     "zoo evaluate cached-transformer-lm": "test_wheel.py runs it, marked slow",
+    "zoo push cached-transformer-lm --dry-run": HUB,
+    "zoo push cached-transformer-lm": HUB,
+    "zoo push runs/mine/checkpoint me/my-lm --private": HUB,
+    "zoo push --all": HUB,
+    "zoo pull me/my-lm@v1": HUB,
+    "zoo export cached-transformer-lm --format torch-export": "test_exporting.py, marked slow",
+    "zoo export cached-transformer-lm --format onnx": "test_exporting.py, marked slow",
     "zoo reproduce cached-transformer-lm --out runs/reproduction": "trains for hours",
     "zoo controls cached-transformer-lm.tiny-shakespeare": "trains for hours",
 }
@@ -91,6 +100,8 @@ def test_every_snippet_is_accounted_for() -> None:
 def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of a user's own, with a text of their own."""
     write_text(tmp_path, lines=400).rename(tmp_path / "my.txt")
+    bundled = cards.pretrained_folder("cached-transformer-lm.tiny-shakespeare")
+    (tmp_path / "my-lm").symlink_to(bundled, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
@@ -119,7 +130,7 @@ def test_a_command_runs(document: str, command: str, at_hand: Path) -> None:
         return
     if words[1] == "fit":
         recipe = read_recipe(words[2])
-        words += SHRUNK[recipe.architecture] + LESS_DATA.get(recipe.data, [])
+        words += SHRUNK[recipe.architecture] + LESS_DATA[recipe.data]
     if words[1] == "generate" and "checkpoint" in words[2]:
         recipe = "cached-transformer-lm.tiny-shakespeare"  # what the snippet before has trained
         mine = ["data.path=my.txt", *SHRUNK["cached-transformer-lm"], "--out", "runs/mine"]

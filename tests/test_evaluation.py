@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from statistics import NormalDist
 
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from tiny import SEGMENT, copy, write_recipe
 
+from tests.tiny import SEGMENT, copy, write_recipe
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.cards import Card, Measurements, Result
 from zoo.errors import CheckpointError, ZooError
@@ -266,7 +267,7 @@ def test_what_is_recorded(run: training.Run, folder: Path) -> None:
     assert [r.primary for r in measured.results] == [True, False]
     assert all(r.seeds == (1,) and r.seed_spread is None for r in measured.results)
     assert all(r.command == f"zoo evaluate {measured.weight}" for r in measured.results)
-    assert all(r.versions["torch"] == torch.__version__ for r in measured.results)
+    assert all(r.versions["torch"] == version("torch") for r in measured.results)
     assert measured.training["source_commit"] == "f" * 40
     assert (measured.training["epochs"], measured.training["steps"]) == (1, 2)
     assert all(r.cpu_minutes == measured.training["cpu_minutes"] for r in measured.results)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SEGMENT, write_recipe
 
+from tests.tiny import SEGMENT, write_recipe
 from zoo import cards, checkpoints, figures, hub, training
 from zoo.cards import Card
 from zoo.errors import DataError, ZooError
@@ -61,9 +61,9 @@ def test_losses_by_position(run: training.Run, memory: bool, rest: int) -> None:
 
 def test_memory_is_what_makes_the_difference(run: training.Run) -> None:
     module = checkpoints.load(run.checkpoint)
-    with torch.no_grad():  # a tiny net of two steps hardly uses its cache
-        for block in module.network.blocks:
-            block.attention.mixing_logits.fill_(3.0)
+    with torch.no_grad():  # a net of a few steps hardly uses its cache
+        for parameter in module.network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
     text = run.datamodule.text[: 4 * SEGMENT + 1]
     losses = [figures.losses_by_position(module, text, memory) for memory in (True, False)]
     assert not torch.allclose(losses[0], losses[1], rtol=1e-6, atol=0)
@@ -137,3 +137,14 @@ def test_without_matplotlib(
 def test_a_run_that_logged_something_else(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"The run logged no train_loss; there is: other\."):
         figures._loss_curves({"other": [(0, 1.0)]}, tmp_path / "loss.png")
+
+
+def test_expert_usage_is_the_logged_weights_in_order_of_experts() -> None:
+    metrics = {f"usage_watch_{i}": [(5, i / 66), (9, (11 - i) / 66)] for i in range(12)}
+    metrics["usage_rate_0"] = [(5, 1.0)]
+    steps, rows = figures.expert_usage(metrics, "watch")
+    assert steps == [5, 9]
+    assert rows[0] == [i / 66 for i in range(12)], "10 comes after 9, not after 1"
+    assert rows[1] == [(11 - i) / 66 for i in range(12)]
+    with pytest.raises(ZooError, match="logged no use of experts for buy"):
+        figures.expert_usage(metrics, "buy")

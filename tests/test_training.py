@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import ROOT, SEGMENT, SHRUNK, run, write_recipe, write_text
 
+from tests.tiny import ROOT, SEGMENT, SHRUNK, run, write_recipe, write_text
 from zoo import checkpoints, figures, training
 from zoo.cards import shipped_folder
 from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError
@@ -305,10 +305,10 @@ def test_what_is_no_run_folder(done: training.Run, tmp_path: Path) -> None:
 
 
 def test_it_learns_a_text_of_ones_own(tmp_path: Path) -> None:
-    run = fit(
+    done = fit(
         write_recipe(tmp_path),
         [
-            "trainer.max_epochs=12",
+            "trainer.max_epochs=6",
             "trainer.limit_train_batches=1.0",
             "model.network.dropout=0.0",
             "model.optimizer.warmup_steps=5",
@@ -316,10 +316,11 @@ def test_it_learns_a_text_of_ones_own(tmp_path: Path) -> None:
         ],
         out=tmp_path / "run",
     )
-    losses = [value for _, value in figures.read_metrics(run.folder)["val_loss"]]
-    # Uniform bytes cost ln 256 = 5.5 nats, those of the text by their frequency 2.9.
-    assert losses[-1] < 2.5 < losses[0]
-    assert losses[-1] == min(losses)
+    losses = [value for _, value in figures.read_metrics(done.folder)["val_loss"]]
+    # What the bytes cost by their frequency in the training text, with one added to each count.
+    counts = torch.bincount(done.datamodule.train_text.long(), minlength=256) + 1.0
+    by_frequency = -(counts / counts.sum())[done.datamodule.validation_text.long()].log().mean()
+    assert losses[-1] < float(by_frequency) - 1.0 < losses[0]
 
 
 def test_the_resolved_recipe_gives_the_same_weights_again(
@@ -461,7 +462,7 @@ def test_resuming_a_finished_run_changes_nothing(done: training.Run, tmp_path: P
     shutil.copytree(done.folder, copied)
     again = fit(copied / "recipe.yaml", out=copied, resume=True)
     assert weights(again.checkpoint) == weights(done.checkpoint)
-    assert again.cpu_minutes >= done.cpu_minutes
+    assert again.cpu_minutes > 0.5 * done.cpu_minutes, "what it cost is not forgotten"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny import ROOT
 
+from tests.tiny import ROOT
 from zoo import cards
 from zoo.data.sources import SOURCES
 
@@ -38,6 +38,7 @@ class Installed(NamedTuple):
                 "PYTHONPATH": str(self.site),
                 "HF_HUB_OFFLINE": "1",
                 "HOME": str(self.elsewhere),
+                "MPLCONFIGDIR": str(self.site.parent),  # where matplotlib lists the fonts
             },
         )
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tiny_images
 import yaml
+from PIL import Image
 
 import zoo.cli
 from zoo import training
@@ -46,33 +46,119 @@ _LANGUAGE_MODEL = [
     "data.streams=4",
 ]
 
+_RATED = 12
+"""Users, and items, of `write_ratings`."""
 
-def _made_images() -> str:
-    """A folder of pictures, made when the tests start and removed when they end."""
-    folder = tempfile.mkdtemp(prefix="zoo-images-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return str(tiny_images.write_folder(Path(folder)))
+_RATINGS = [
+    f"model.network.num_users={_RATED}",
+    f"model.network.num_items={_RATED}",
+    "model.network.embedding_dim=4",
+    "data.batch_size=16",
+]
+_PICTURE = 12
+"""Pixels a side of the pictures of `write_pictures`."""
 
 
 _IMAGES = [
     "trainer.check_val_every_n_epoch=1",
-    f"data.path={_made_images()}",
-    f"data.size={list(tiny_images.SIZE)}",
     "data.batch_size=8",
-    f"model.network.num_classes={len(tiny_images.CLASSES)}",
-    "model.network.in_channels=3",
+    "model.network.num_classes=2",
+    "model.network.in_channels=1",
+]
+
+_ODE_RESNET = [
+    "model.network.num_classes=2",
+    "model.network.in_channels=1",
+    "model.network.widths=[4, 6]",
+    "model.network.body_from=0",
+    "data.batch_size=8",
 ]
 
 SHRUNK: dict[str, list[str]] = {
     "cached-transformer-lm": [*_TRAINER, *_LANGUAGE_MODEL],
+    "dselect-k-recommender": [
+        *_TRAINER,
+        *_RATINGS,
+        "model.network.expert_widths=[8]",
+        "model.network.tower_widths=[4]",
+    ],
+    "factorisation-recommender": [*_TRAINER, *_RATINGS],
+    "dselect-k-moe": [
+        *_TRAINER,
+        "model.network.num_classes=2",
+        f"model.network.size={_PICTURE + 8}",
+        "model.network.channels=[3]",
+        "model.network.expert_widths=[6]",
+        "model.network.tower_widths=[6]",
+        "data.batch_size=8",
+    ],
+    "dselect-k-recovery": [*_TRAINER, "data.batch_size=64"],
     "sau-shufflenet-v2-x0-5": [*_TRAINER, *_IMAGES],
     "sau-shufflenet-v2-x1": [*_TRAINER, *_IMAGES],
     "sau-shufflenet-v2-x2": [*_TRAINER, *_IMAGES],
+    "ode-resnet": [*_TRAINER, *_ODE_RESNET],
+    "latent-ode": [*_TRAINER, "model.network.hidden=4", "trainer.check_val_every_n_epoch=1"],
+    "continuous-flow": [*_TRAINER, "model.network.hidden=6"],
 }
 """Architecture -> overrides that make a second's training of any of its recipes."""
 
-LESS_DATA: dict[str, list[str]] = {"text": ["data.validation_fraction=0.01"]}
-"""Data module -> overrides that leave little to measure on."""
+OWN_SUITE = {
+    "online-ensemble": "tests/tasks/test_online_learning.py",
+    "online-ensemble-encoder": "tests/tasks/test_encoder_training.py",
+}
+"""Architectures that the suites over all models and recipes leave out, with where they are tested:
+one learns in closed form behind a frozen encoder, the other trains that encoder on fixed files."""
+
+
+def write_ratings(folder: Path) -> Path:
+    """Ratings of as many items as users; each user leaves a few out."""
+    path = folder / "ratings.csv"
+    pairs = [(u, i) for i in range(_RATED) for u in range(_RATED) if (u + i) % 3]
+    lines = [f"{u},{i},{1 + (u * i) % 5}" for u, i in pairs]
+    path.write_text("\n".join(["user,item,rating", *lines]) + "\n")
+    return path
+
+
+def write_pictures(folder: Path) -> Path:
+    """A folder of grey pictures of two classes."""
+    for label in ("dark", "light"):
+        (folder / label).mkdir(parents=True)
+        for index in range(10):
+            shade = 20 * (label == "light") + index
+            Image.new("L", (_PICTURE, _PICTURE), shade).save(folder / label / f"{index}.png")
+    return folder
+
+
+class _LessData(dict[str, list[str]]):
+    """Made data are written when they are first asked for."""
+
+    def __missing__(self, data: str) -> list[str]:
+        folder = Path(tempfile.mkdtemp(prefix="zoo-tests-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        self[data] = {
+            "images": lambda: [
+                f"data.path={write_pictures(folder)}",
+                f"data.size=[{_PICTURE}, {_PICTURE}]",
+                "data.channels=1",
+            ],
+            "ratings": lambda: [f"data.path={write_ratings(folder)}"],
+            "image-pairs": lambda: [
+                f"data.path={write_pictures(folder)}",
+                f"data.size={_PICTURE}",
+                "data.holdout=4",
+            ],
+        }.get(data, list)()
+        return self[data]
+
+
+LESS_DATA = _LessData(
+    {
+        "text": ["data.validation_fraction=0.01"],
+        "spirals": ["data.count=8", "data.batch_size=4"],
+        "densities": ["data.batch_size=12", "data.steps=4", "data.test_points=20"],
+    }
+)
+"""Data module -> overrides that leave little to train and measure on."""
 
 
 def write_text(folder: Path, lines: int = 120) -> Path:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from zoo.cards import info, list_models
     from zoo.errors import ZooError
     from zoo.evaluation import evaluate, reproduce
+    from zoo.publishing import push
     from zoo.registry import register
     from zoo.tasks.base import ZooModule
     from zoo.training import fit
@@ -28,6 +29,7 @@ __all__ = [
     "info",
     "list_models",
     "load",
+    "push",
     "register",
     "reproduce",
 ]
@@ -38,6 +40,7 @@ _MODULES = {
     "fit": "zoo.training",
     "info": "zoo.cards",
     "list_models": "zoo.cards",
+    "push": "zoo.publishing",
     "register": "zoo.registry",
     "reproduce": "zoo.evaluation",
 }
@@ -59,7 +62,8 @@ def load(
 
     Args:
         name: A weight (`"architecture.tag"`), an architecture, which means its default weight, a
-            checkpoint folder, or a repository on the Hub (`"owner/name"`).
+            checkpoint folder, or a repository on the Hub (`"owner/name"`, `"owner/name@tag"`,
+            `"hf://owner/name"`).
         revision: A commit, tag or branch on the Hub; by default the commit in the model's card.
         device: Where to put the model; None is the CPU.
         dtype: Floating point type of the network, as `torch.bfloat16` or `"bfloat16"`; None is

@@ -31,6 +31,7 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 _PIPELINE_TAGS = {
     "image-classification": "image-classification",
+    "image-pair-classification": "image-classification",
     "language-modeling": "text-generation",
 }
 """Our task -> the Hub's name for it. A task that is not here gets no tag."""
@@ -160,6 +161,8 @@ class Measurements:
     controls: tuple[Control, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the training was and cost; plain JSON."""
+    diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Figures on robustness that `zoo evaluate --diagnose` computed; plain JSON."""
 
     def __post_init__(self) -> None:
         primary = sum(result.primary for result in self.results)
@@ -194,6 +197,8 @@ class Card:
     hub: HubLocation
     paper: Paper
     reported: tuple[Reported, ...] = ()
+    not_exported: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Formats that `zoo export` cannot write of this weight -> the reason."""
 
     family: str = ""
     task: str = ""
@@ -393,7 +398,8 @@ def parse(text: str, where: str = "card") -> Card:
     front_matter, _, body = text.removeprefix("---\n").partition("\n---\n")
     try:
         values = yaml.load(front_matter, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        # Of what looks like a date or a number and is none, the parser raises what Python does.
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     block = values.get("zoo") if isinstance(values, dict) else None
     if not isinstance(block, dict):
@@ -502,22 +508,46 @@ def computed(card: Card, folder: Path) -> Card:
             f"{folder} holds {config['architecture']!r} with the results of {measured.weight!r}, "
             f"not {card.name!r}."
         )
+    found = tuple(
+        FileRecord.of(name, files.read_bytes(folder / name))
+        for name in files.CHECKPOINT_FILES
+        if name != files.CARD_FILE
+    )
+    if card.files and found != card.files:
+        # What is on the Hub at that commit is no longer this.
+        card = dataclasses.replace(card, hub=dataclasses.replace(card.hub, revision=None))
     card = dataclasses.replace(
         card,
         family=config["family"],
         task=config["task"],
         config=config["network"],
         parameters=_parameters(folder / files.WEIGHTS_FILE),
-        files=tuple(
-            FileRecord.of(name, files.read_bytes(folder / name))
-            for name in files.CHECKPOINT_FILES
-            if name != files.CARD_FILE
-        ),
+        files=found,
         results=measured.results,
         controls=measured.controls,
         training=measured.training,
     )
     return dataclasses.replace(card, body=_card_tables.fill_all(card))
+
+
+def record_revision(name: str, revision: str) -> None:
+    """Write the commit that a weight was published as into its card, in a source checkout.
+
+    In any other installation the card is not the user's to change, and nothing happens.
+
+    Args:
+        name: The full name of the weight.
+        revision: 40 hex digits.
+    """
+    shelf = shipped_folder("model_cards")
+    if shelf.name != "model_cards":
+        return
+    card = find(name)
+    card = dataclasses.replace(card, hub=dataclasses.replace(card.hub, revision=revision))
+    for path in (shelf / f"{name}.md", pretrained_folder(name) / files.CARD_FILE):
+        if path.exists():
+            path.write_text(render(card), encoding="utf-8")
+    _read_cards.cache_clear()
 
 
 def update_readme(path: Path) -> None:

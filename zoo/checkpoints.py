@@ -6,12 +6,13 @@ and results. The weights are read once: the bytes that were hashed are the bytes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from zoo.cards import Card, Measurements, render
 from zoo.configs import build, to_json
-from zoo.errors import CheckpointError, ConfigError, UnknownNameError, nearest
+from zoo.errors import CheckpointError, ConfigError, UnknownNameError, ZooError, nearest
 from zoo.files import (
     CARD_FILE,
     CHECKPOINT_FILES,
@@ -66,6 +67,15 @@ _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+
+
+_SMALL_NETWORK = 1_000_000
+"""Parameters and buffers that any network may have, however small its file."""
+
+_REGISTRATIONS: tuple[Callable[[Any], Any], ...] = (
+    torch.nn.modules.module.register_module_parameter_registration_hook,
+    torch.nn.modules.module.register_module_buffer_registration_hook,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,12 +277,15 @@ def load(
     module_class = architecture(config.architecture).module_class()
     stored = build(module_class.network_config, config.network, f"{where}: network")
     network = _overridden(stored, network_overrides, num_classes, config.architecture)
-    new_head = num_classes is not None and num_classes != stored.num_classes
     preprocessing = _preprocessing(module_class, config.preprocessing, f"{where}: preprocessing")
+    tensors = _parse_weights(contents[WEIGHTS_FILE], folder / WEIGHTS_FILE)
+    with _no_larger_than(tensors.values(), where):
+        module = _construct(module_class, stored, preprocessing, where)
+    new_head = num_classes is not None and num_classes != stored.num_classes
     if new_head:
         preprocessing = module_class.swap_head(preprocessing, network.num_classes)
-    module = _construct(module_class, network, preprocessing)
-    tensors = _parse_weights(contents[WEIGHTS_FILE], folder / WEIGHTS_FILE)
+    if network != stored:
+        module = _construct(module_class, network, preprocessing, where)
     for migration in migrations:
         tensors = migration.tensors(tensors)
     module.load_report = _fill(
@@ -325,6 +338,7 @@ def convert(
         module_class,
         build(module_class.network_config, content["zoo_network"], str(path)),
         _preprocessing(module_class, content.get("zoo_preprocessing"), str(path)),
+        path,
     )
     prefix = content.get("zoo_published", "network") + "."
     tensors = {
@@ -419,10 +433,48 @@ def _preprocessing(module_class: type[ZooModule], values: Any, where: str) -> An
     return None
 
 
-def _construct(module_class: type[ZooModule], network: Any, preprocessing: Any) -> ZooModule:
+def _construct(
+    module_class: type[ZooModule], network: Any, preprocessing: Any, where: Path
+) -> ZooModule:
     arguments = {} if preprocessing is None else {"preprocessing": preprocessing}
-    with torch.random.fork_rng(devices=[]):
-        return module_class(network=network, **arguments)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return module_class(network=network, **arguments)
+    except ZooError:
+        raise
+    except (ArithmeticError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        # Values that each are of the declared type and range can be impossible together.
+        raise CheckpointError(
+            f"{where}: no network can be built of these arguments: {_first_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_larger_than(tensors: Iterable[Tensor], where: Path) -> Iterator[None]:
+    """Stop the construction of a network that is far larger than the file of its weights.
+
+    A configuration is untrusted, and a number in it could take all memory. Tensors are registered
+    before they are filled, so what is refused was not touched yet.
+    """
+    allowed = 4 * sum(tensor.numel() for tensor in tensors) + _SMALL_NETWORK
+    total = 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal total
+        total += 0 if tensor is None else tensor.numel()
+        if total > allowed:
+            raise CheckpointError(f"{where} asks for a far larger network than the weights are.")
+
+    hooks = [register(count) for register in _REGISTRATIONS]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _overridden(

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +20,7 @@ from zoo.errors import ZooError, nearest
 if TYPE_CHECKING:
     from zoo.cards import Card
     from zoo.evaluation import Evaluation
+    from zoo.publishing import Publication
 
 __all__ = ["main"]
 
@@ -144,6 +145,14 @@ def _parser() -> _Parser:
     sub.add_argument("--top-p", type=float, help="among the likeliest that reach p together")
     sub.add_argument("--seed", type=_seed, help="makes the text repeatable")
 
+    sub = command("recommend", _recommend, "list what a user, or someone new, may like")
+    sub.add_argument("name")
+    who = sub.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="id of a user that the model was trained on")
+    who.add_argument("--liked", action="append", help="a title or id; may be repeated")
+    sub.add_argument("--k", type=int, default=10, help="length of the list (10)")
+    sub.add_argument("--include-seen", action="store_true", help="list what the user has rated too")
+
     sub = command("evaluate", _evaluate, "measure a model and compare with its recorded numbers")
     sub.add_argument("name", help="a weight or a checkpoint folder")
     sub.add_argument("--data-dir", help="folder to look for the data in first")
@@ -152,6 +161,7 @@ def _parser() -> _Parser:
     sub.add_argument(
         "--run", dest="run_folder", help="with --record: run folder that the weight comes from"
     )
+    sub.add_argument("--diagnose", action="store_true", help="also figures on robustness")
     sub.add_argument("--commit", help="with --record: commit that trained it, if the run lacks it")
     sub.add_argument(
         "--analog",
@@ -178,16 +188,58 @@ def _parser() -> _Parser:
     sub.add_argument("--out", help="folder of the runs (runs/controls/NAME)")
     sub.add_argument("--only", nargs="+", metavar="RECIPE", help="train these alone, as relu")
     sub.add_argument("--record", metavar="FOLDER", help="write them into this checkpoint folder")
+    sub.add_argument("--figure", metavar="FILE", help="draw their loss curves into this PNG file")
+
+    sub = command("recovery", _recovery, "train gates on synthetic tasks whose experts are known")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub.add_argument("--tasks", type=int, nargs="+", default=[8, 32, 128])
+    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    sub.add_argument("--out", default="runs/recovery", help="folder of the runs")
+    sub.add_argument("--figure", metavar="FILE", help="draw error and recovery into this file")
 
     sub = command("convert", _convert, "make a checkpoint folder of a training checkpoint")
     sub.add_argument("checkpoint", help="last.ckpt of a run folder")
     sub.add_argument("folder", help="checkpoint folder to write")
     sub.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
 
+    sub = command("push", _push, "publish a weight on the Hub")
+    sub.add_argument("name", nargs="?", help="a bundled weight or a checkpoint folder")
+    sub.add_argument("repo_id", nargs="?", help="owner/name (a weight's card says where)")
+    sub.add_argument("--all", action="store_true", help="every weight of the zoo; goes on")
+    sub.add_argument("--private", action="store_true", help="make the repository private")
+    sub.add_argument("--dry-run", action="store_true", help="check everything, send nothing")
+    sub.add_argument("--tag", help="of the commit (v1, v2 and so on)")
+    sub.add_argument("--parent", metavar="COMMIT", help="build on this one, or publish nothing")
+
+    sub = command("pull", _pull, "bring a weight into the cache, checked")
+    sub.add_argument("name", help="a weight, owner/name or owner/name@revision")
+    sub.add_argument("--revision", help="commit, tag or branch")
+
+    sub = command("export", _export, "write a file that runs without this package, compared")
+    sub.add_argument("name", help="a weight, a checkpoint folder, or owner/name")
+    sub.add_argument("--format", default="torch-export", help="onnx or torch-export")
+    sub.add_argument("--out", help="file to write (NAME.onnx or NAME.pt2)")
+    sub.add_argument("--revision", help="commit, tag or branch on the Hub")
+
+    sub = command("hub-sandbox", _hub_sandbox, "a Hub on this machine, to try publishing on")
+    sub.add_argument("--port", type=int, default=0, help="0 takes a free one (0)")
+    sub.add_argument(
+        "--fault",
+        action="append",
+        metavar="KIND[:PATH]",
+        help="strike one request whose path has these shell wildcards; may be repeated",
+    )
+
     sub = command("card", _card, "show a card, or write its computable fields")
     sub.add_argument("name")
     sub.add_argument("--update", action="store_true", help="rewrite from the checkpoint folder")
-    sub.add_argument("--figures", metavar="RUN", help="draw its figures from this run folder")
+    sub.add_argument(
+        "--figures",
+        metavar="RUN",
+        nargs="?",
+        const="",
+        help="draw its figures, with curves of its training where the run folder is given",
+    )
     sub.add_argument("--readme", metavar="FILE", help="write the table of models into this README")
     return parser
 
@@ -409,6 +461,34 @@ def _generate(options: argparse.Namespace) -> int:
     return OK
 
 
+def _recommend(options: argparse.Namespace) -> int:
+    import zoo
+    from zoo.tasks.recommendation import Recommender
+
+    module = zoo.load(options.name)
+    if not isinstance(module, Recommender):
+        raise ZooError(f"{options.name} is no recommender; see: zoo list --task recommendation")
+    found = module.recommend(
+        options.user, options.k, liked=options.liked, exclude_seen=not options.include_seen
+    )
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(entry) for entry in found])
+        return OK
+    rows = [
+        [
+            entry.item,
+            _printable(entry.title),
+            f"{entry.score:.4f}",
+            "-" if entry.rating is None else f"{entry.rating:.2f}",
+        ]
+        for entry in found
+    ]
+    _table(["item", "title", "score", "expected rating"], rows)
+    return OK
+
+
 def _show(evaluation: Evaluation, as_json: bool) -> int:
     rows, document = [], []
     for o in evaluation.outcomes:
@@ -441,10 +521,18 @@ def _show(evaluation: Evaluation, as_json: bool) -> int:
             }
         )
     if as_json:
-        _print_json({"name": evaluation.name, "passed": evaluation.passed, "outcomes": document})
+        shown = {"name": evaluation.name, "passed": evaluation.passed, "outcomes": document}
+        if evaluation.diagnostics is not None:
+            shown["diagnostics"] = evaluation.diagnostics
+        _print_json(shown)
     else:
         header = ["protocol", "metric", "value", "95 % interval", "n"]
         _table([*header, "recorded", "tolerance", "verdict"], rows)
+        if evaluation.diagnostics is not None:
+            for key, value in evaluation.diagnostics.items():
+                print(f"{key}:")
+                for line in value if isinstance(value, list) else [value]:
+                    print(f"  {json.dumps(line)}")
         print(f"{evaluation.name}: {evaluation.verdict}")
     return OK if evaluation.passed else FAILED
 
@@ -478,8 +566,18 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.beside or options.figures:
         raise ZooError("--beside and --figures go with --analog.")
     if options.record:
-        evaluation.record(options.name, run=options.run_folder, commit=options.commit)
-    result = evaluation.evaluate(options.name, options.data_dir, protocols=options.protocol)
+        evaluation.record(
+            options.name,
+            run=options.run_folder,
+            commit=options.commit,
+            diagnose=options.diagnose,
+        )
+    result = evaluation.evaluate(
+        options.name,
+        options.data_dir,
+        protocols=options.protocol,
+        diagnose=options.diagnose and not options.record,
+    )
     return _show(result, options.json)
 
 
@@ -532,6 +630,12 @@ def _controls(options: argparse.Namespace) -> int:
         arms = controls.run(options.name, seeds=options.seeds, out=options.out, only=options.only)
     if options.record:
         controls.record(arms, options.record)
+    if options.figure:
+        from zoo import cards, figures
+
+        unit = figures.loss_unit(cards.find(options.name).task)
+        runs = controls.finished_runs(options.name, options.out)
+        figures.draw_controls(runs, unit, Path(options.figure))
     if options.json:
         from zoo.configs import to_json
 
@@ -552,6 +656,30 @@ def _controls(options: argparse.Namespace) -> int:
     return OK
 
 
+def _recovery(options: argparse.Namespace) -> int:
+    from zoo import recovery
+
+    with _chatter():
+        arms = recovery.run(
+            options.tasks, seeds=options.seeds, out=options.out, overrides=options.overrides
+        )
+    recovery.write(arms, Path(options.out) / "recovery.json")
+    if options.figure:
+        recovery.draw(arms, options.figure)
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(arm) for arm in arms])
+        return OK
+    rows = []
+    for arm in arms:
+        summaries = [arm.summary(measure) for measure in recovery.MEASURES]
+        cells = [f"{s.mean:.4f} ({s.interval[0]:.4f} to {s.interval[1]:.4f})" for s in summaries]
+        rows.append([arm.gate, f"{arm.tasks}", *cells])
+    _table(["gate", "tasks", "error", "Jaccard", "active experts", "minutes"], rows)
+    return OK
+
+
 def _convert(options: argparse.Namespace) -> int:
     from zoo import checkpoints
 
@@ -563,13 +691,128 @@ def _convert(options: argparse.Namespace) -> int:
     return OK
 
 
+def _push(options: argparse.Namespace) -> int:
+    from zoo import publishing
+    from zoo.configs import to_json
+
+    if options.all == (options.name is not None):
+        raise ZooError("Say what to publish: a weight, a checkpoint folder, or --all.")
+    if options.all:
+        if options.tag or options.parent:
+            raise ZooError("--tag and --parent are for one weight, not for --all.")
+        done = publishing.push_all(private=options.private, dry_run=options.dry_run)
+    else:
+        done = [
+            publishing.push(
+                options.name,
+                options.repo_id,
+                private=options.private,
+                dry_run=options.dry_run,
+                tag=options.tag,
+                parent=options.parent,
+            )
+        ]
+    if options.json:
+        _print_json([to_json(publication) for publication in done])
+    else:
+        rows = [[p.name, p.repo_id, p.commit or "-", p.tag or "-", _done(p)] for p in done]
+        _table(["name", "repository", "commit", "tag", "what happened"], rows)
+    return FAILED if any(publication.error for publication in done) else OK
+
+
+def _done(publication: Publication) -> str:
+    if publication.error:
+        return publication.error
+    if publication.commit is None:
+        return f"would send {', '.join(publication.sent)} ({publication.size / 1e6:.1f} MB)"
+    changed = [*publication.sent, *(f"-{name}" for name in publication.removed)]
+    return f"sent {', '.join(changed)}" if changed else "was there already"
+
+
+def _pull(options: argparse.Namespace) -> int:
+    from zoo import hub
+
+    with _log_shown():
+        folder, card = hub.resolve(options.name, options.revision)
+    if options.json:
+        _print_json({"folder": str(folder), "name": None if card is None else card.name})
+    else:
+        print(folder)
+    return OK
+
+
+def _export(options: argparse.Namespace) -> int:
+    from zoo import exporting
+
+    with _chatter():
+        done = exporting.export(
+            options.name, options.out, format=options.format, revision=options.revision
+        )
+    if options.json:
+        shown = {"path": str(done.path), "inputs": done.inputs, "outputs": done.outputs}
+        _print_json({**shown, "format": done.format, "difference": done.difference})
+    else:
+        inputs = ", ".join(f"{name} B x {shape}" for name, shape in done.inputs.items())
+        print(f"{done.path}: {inputs} -> {', '.join(done.outputs)}")
+        print(f"largest difference from the model on random input: {done.difference:.1e}")
+    return OK
+
+
+@contextlib.contextmanager
+def _log_shown() -> Iterator[None]:
+    """Shows the log of the zoo on standard error."""
+    import logging
+
+    logger, handler = logging.getLogger("zoo"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _hub_sandbox(options: argparse.Namespace) -> int:
+    from zoo.sandbox import FAULTS, Fault, Sandbox, serve
+
+    try:
+        sandbox = Sandbox(port=options.port)
+    except (OSError, OverflowError) as error:
+        raise ZooError(f"Port {options.port} cannot be used: {error}") from None
+    for text in options.fault or ():
+        kind, _, path = text.partition(":")
+        if kind not in FAULTS:
+            hint = nearest(kind, FAULTS) or f" There are: {', '.join(FAULTS)}."
+            raise ZooError(f"Unknown fault {kind!r}.{hint}")
+        sandbox.faults.append(Fault(kind, path=path or "*", method="*"))
+    shown = {
+        "HF_ENDPOINT": sandbox.url,
+        "HF_TOKEN": "sandbox",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    if options.json:
+        _print_json(shown)
+    else:
+        print("\n".join(f"export {name}={value}" for name, value in shown.items()), flush=True)
+        print(
+            "A Hub in memory; stop it with Ctrl-C. In another terminal, with the lines above:\n"
+            "  zoo push NAME sandbox/my-model && zoo pull sandbox/my-model",
+            file=sys.stderr,
+        )
+    sys.stdout.flush()
+    serve(sandbox)
+    return OK
+
+
 def _card(options: argparse.Namespace) -> int:
     from zoo import cards
 
-    if options.figures:
+    if options.figures is not None:
         from zoo import figures
 
-        for path in figures.draw(cards.find(options.name), options.figures):
+        for path in figures.draw(cards.find(options.name), options.figures or None):
             print(f"Drew {path}", file=sys.stderr)
     card = cards.update(options.name) if options.update else cards.find(options.name)
     if options.readme:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from zoo.tasks.base import Measurement
 
-__all__ = ["collect", "find_recipes", "paired_difference", "record", "run"]
+__all__ = ["collect", "find_recipes", "finished_runs", "paired_difference", "record", "run"]
 
 _OUTCOME = "outcome.json"
 _TIMED_STEPS = 5
@@ -128,6 +128,23 @@ def collect(
     return controls
 
 
+def finished_runs(name: str, out: str | os.PathLike[str] | None = None) -> dict[str, list[Path]]:
+    """Run folders of finished controls, by the names of the controls; see `run`.
+
+    Raises:
+        ZooError: there are no controls.
+    """
+    folder = Path("runs/controls") / name if out is None else Path(out)
+    recipes = [training.read_recipe(path) for path in find_recipes(name)]
+    found = {
+        recipe.name: [
+            path.parent for path in sorted((folder / recipe.path.stem).glob(f"*/{_OUTCOME}"))
+        ]
+        for recipe in recipes
+    }
+    return {control: runs for control, runs in found.items() if runs}
+
+
 def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     """Write controls into the `results.json` of a checkpoint folder.
 
@@ -157,7 +174,7 @@ def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence
     )
     done = training.fit(seeded, out=folder, resume=True)
     measured = {}
-    for protocol in done.module.protocols:
+    for protocol in done.module.protocols_on(done.datamodule):
         measurement = done.module.measure(done.datamodule, protocol)
         measured[protocol] = {
             "metric": measurement.metric,
@@ -173,7 +190,8 @@ def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence
 def _protocols(recipe: training.Recipe) -> list[str]:
     from zoo.registry import architecture
 
-    return list(architecture(recipe.architecture).module_class().protocols)
+    module_class = architecture(recipe.architecture).module_class()
+    return list(module_class.protocols_on(training.data_module(recipe)))
 
 
 def _load_arm(recipe: training.Recipe, seeds: Sequence[int], folder: Path, protocol: str) -> _Arm:

@@ -29,6 +29,10 @@ class CheckpointError(ZooError):
     """A checkpoint folder that is missing, damaged, unsafe or not understood."""
 
 
+class SolverError(ZooError, ArithmeticError):
+    """An integration in time that cannot be carried to its end."""
+
+
 class DataError(ZooError):
     """A data set or a user's file that is missing, damaged or too small."""
 

@@ -88,10 +88,12 @@ class Evaluation:
     Attributes:
         name: what was evaluated.
         outcomes: one per protocol.
+        diagnostics: figures on robustness, plain JSON; None where they were not asked for.
     """
 
     name: str
     outcomes: tuple[Outcome, ...]
+    diagnostics: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:
@@ -200,7 +202,7 @@ def evaluate_module(
     """
     module.eval()
     outcomes = []
-    for protocol in protocols or module.protocols:
+    for protocol in protocols or module.protocols_on(datamodule):
         measurement = module.measure(datamodule, protocol)
         interval, method = _interval(measurement)
         outcomes.append(
@@ -224,6 +226,7 @@ def evaluate(
     *,
     protocols: Sequence[str] | None = None,
     revision: str | None = None,
+    diagnose: bool = False,
 ) -> Evaluation:
     """Measure a weight again and compare with what is recorded for it.
 
@@ -232,9 +235,10 @@ def evaluate(
         data_dir: folder to look for the data in first.
         protocols: names of evaluation protocols; None: all of the model's.
         revision: of a repository on the Hub.
+        diagnose: also compute the model's diagnostics.
 
     Raises:
-        ZooError: the weight, its data or a protocol is not to be had.
+        ZooError: the weight, its data or a protocol is not to be had; or it has no diagnostics.
     """
     folder, card = hub.resolve(name, revision)
     module = checkpoints.load(folder, files=None if card is None else card.files)
@@ -243,7 +247,11 @@ def evaluate(
     outcomes = evaluate_module(module, datamodule, protocols)
     recorded = _recorded(folder, card)
     compared = tuple(_compare(outcome, recorded) for outcome in outcomes)
-    return Evaluation(name=card.name if card else str(name), outcomes=compared)
+    return Evaluation(
+        name=card.name if card else str(name),
+        outcomes=compared,
+        diagnostics=module.diagnose(datamodule) if diagnose else None,
+    )
 
 
 def reproduce(
@@ -289,16 +297,18 @@ def record(
     *,
     run: str | os.PathLike[str] | None = None,
     commit: str | None = None,
+    diagnose: bool = False,
 ) -> Measurements:
     """Evaluate a checkpoint folder and write what came out to its `results.json`.
 
-    Controls and facts on the training that the file already holds are kept.
+    Controls, diagnostics and facts on the training that the file already holds are kept.
 
     Args:
         folder: a checkpoint folder.
         name: full name of the weight; None: what its recipe says.
         run: run folder that the weight comes from, for the facts on its training.
         commit: commit of this project that trained it; None: what the run says.
+        diagnose: compute the model's diagnostics anew.
 
     Raises:
         ZooError: the folder has no recipe that names a weight, or `run` is no run folder.
@@ -316,7 +326,7 @@ def record(
         facts.update(training.read_facts(Path(run)))
     if commit is not None:
         facts["source_commit"] = commit
-    evaluation = evaluate(folder)
+    evaluation = evaluate(folder, diagnose=diagnose)
     seed = recipe.options.get("seed_everything", 0)
     results = tuple(
         as_result(
@@ -334,6 +344,7 @@ def record(
         results=results,
         controls=() if before is None else before.controls,
         training=facts,
+        diagnostics=evaluation.diagnostics or (before.diagnostics if before else {}),
     )
     files.write_json(folder / files.RESULTS_FILE, to_json(measurements))
     return measurements

@@ -6,20 +6,31 @@ Needs matplotlib: `pip install zoo[figures]`.
 from __future__ import annotations
 
 import csv
+import functools
+import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import checkpoints, hub, training
+from zoo import checkpoints, evaluation, hub, training
 from zoo.cards import Card
 from zoo.errors import DataError, ZooError
 
 if TYPE_CHECKING:
     from zoo.analog import AnalogSweep
 
-__all__ = ["draw", "draw_analog", "losses_by_position", "read_metrics"]
+__all__ = [
+    "draw",
+    "draw_analog",
+    "draw_controls",
+    "expert_usage",
+    "loss_unit",
+    "losses_by_position",
+    "read_metrics",
+]
 
 _WINDOW = 10
 
@@ -27,12 +38,14 @@ Metrics = dict[str, list[tuple[int, float]]]
 """Logged values by name, as (step, value)."""
 
 
-def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> list[Path]:
+def draw(
+    card: Card, run: str | os.PathLike[str] | None = None, out: Path | None = None
+) -> list[Path]:
     """Draw all figures that the task of a card has.
 
     Args:
         card: the weight.
-        run: run folder of its training, for the loss curves.
+        run: run folder of its training; None leaves out the curves of what was logged.
         out: folder to write to; None: `model_cards/figures/<name>`.
 
     Returns:
@@ -42,11 +55,13 @@ def draw(card: Card, run: str | os.PathLike[str], out: Path | None = None) -> li
         ZooError: matplotlib is missing, or the run folder has no metrics.
     """
     out = Path("model_cards/figures") / card.name if out is None else out
-    metrics = read_metrics(Path(run))
+    metrics = {} if run is None else read_metrics(Path(run))
     folder, _ = hub.resolve(card.name)
     module = checkpoints.load(folder, files=card.files)
     out.mkdir(parents=True, exist_ok=True)
-    paths = [_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ()))]
+    paths = []
+    if run is not None:
+        paths.append(_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ())))
     for drawer in _DRAWERS.get(card.task, ()):
         paths += drawer(module, folder, metrics, out)
     return paths
@@ -87,6 +102,47 @@ def draw_analog(sweeps: Sequence[AnalogSweep], out: Path) -> list[Path]:
     return paths
 
 
+def loss_unit(task: str) -> str:
+    """Unit of the loss that a task logs."""
+    return _LOSS.get(task, ("nats", ""))[0]
+
+
+def draw_controls(arms: Mapping[str, Sequence[Path]], unit: str, path: Path) -> Path:
+    """Loss curves of controls: the mean over seeds, training as lines, validation as points.
+
+    Args:
+        arms: name of each control -> run folders of its seeds.
+        unit: of the loss, for the axis.
+        path: PNG file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ZooError: matplotlib is missing, or a run folder has no metrics.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _figure(path) as axes:
+        tops = []
+        for name, runs in arms.items():
+            metrics = [read_metrics(run) for run in runs]
+            for loss in ("train_loss", "val_loss"):
+                logged = [dict(_series(one, loss)) for one in metrics]
+                steps = sorted(functools.reduce(operator.and_, (one.keys() for one in logged)))
+                means = [statistics.fmean(one[step] for one in logged) for step in steps]
+                if loss == "train_loss":
+                    label = f"{name}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+                    (line,) = axes.plot(steps, _smooth(tuple(means)), label=label)
+                else:
+                    axes.plot(steps, means, "o", color=line.get_color())
+                    tops.append(means[0])
+        axes.set(xlabel="step", ylabel=unit)
+        # The first steps fall from far above and would flatten all that follows.
+        axes.set_ylim(top=1.2 * max(tops))
+        axes.legend(frameon=False)
+    return path
+
+
 @contextmanager
 def _figure(path: Path, width: float = 6.0, height: float = 3.5) -> Iterator[Any]:
     """An axes to draw on, saved to `path` at the end."""
@@ -122,14 +178,18 @@ def read_metrics(run: Path) -> Metrics:
     return {key: sorted(values.items()) for key, values in series.items()}
 
 
+def _series(metrics: Metrics, name: str) -> list[tuple[int, float]]:
+    if name not in metrics:
+        raise ZooError(f"The run logged no {name}; there is: {', '.join(metrics)}.")
+    return metrics[name]
+
+
 def _loss_curves(
     metrics: Metrics, path: Path, unit: str = "nats", validation: str = "validation"
 ) -> Path:
     with _figure(path) as axes:
         for name, label in (("train_loss", "training"), ("val_loss", validation)):
-            if name not in metrics:
-                raise ZooError(f"The run logged no {name}; there is: {', '.join(metrics)}.")
-            steps, values = zip(*metrics[name], strict=True)
+            steps, values = zip(*_series(metrics, name), strict=True)
             if name == "train_loss":
                 values = _smooth(values)
             axes.plot(steps, values, label=label)
@@ -219,6 +279,8 @@ def _language_model(module: Any, folder: Path, metrics: Metrics, out: Path) -> l
 
 
 def _accuracy(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    if not metrics:
+        return []
     path = out / "accuracy.png"
     with _figure(path) as axes:
         for name, label in (("val_accuracy", "top 1"), ("val_top5_accuracy", "top 5")):
@@ -230,15 +292,120 @@ def _accuracy(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Pa
     return [path]
 
 
+def _solvers(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    """Of a network with ODE blocks: evaluations over training, and the metric under solvers."""
+    paths = []
+    if "nfe" in metrics:
+        paths.append(out / "evaluations.png")
+        with _figure(paths[-1]) as axes:
+            for name, label in (("nfe", "forward"), ("nfe_backward", "backward, beside those")):
+                if name in metrics:
+                    axes.plot(*zip(*metrics[name], strict=True), label=label)
+            axes.set(xlabel="step", ylabel="evaluations of the field")
+            axes.legend(frameon=False)
+    measured = evaluation.read_results(folder)
+    curve = [] if measured is None else measured.diagnostics.get("solver_curve", [])
+    by_solver: dict[str, list[tuple[int, float]]] = {}
+    for entry in curve:
+        if "value" in entry:
+            by_solver.setdefault(entry["solver"], []).append((entry["nfe"], entry["value"]))
+    if by_solver:
+        paths.append(out / "solvers.png")
+        with _figure(paths[-1]) as axes:
+            for solver, points in by_solver.items():
+                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=solver)
+            axes.set(xlabel="evaluations of the field", ylabel=next(iter(module.protocols)))
+            axes.set_xscale("log", base=2)
+            axes.legend(frameon=False)
+    return paths
+
+
+def _trajectories(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    """A few test spirals: the truth, what is observed, and draws of what follows."""
+    from zoo.data.spirals import SPACING, WINDOW
+
+    datamodule = training.data_module(training.read_recipe(folder / "recipe.yaml"))
+    spirals, path = datamodule.test, out / "trajectories.png"
+    times = [(i + 1) * SPACING for i in range(2 * WINDOW)]
+    with _figure(path, 5.0, 5.0) as axes:
+        for index in range(4):
+            pair = (spirals.times[index], spirals.values[index])
+            (found,) = module.predict(pair, times, draws=5, seed=0)
+            for drawn in found.draws:
+                axes.plot(*drawn.T.tolist(), color="C0", alpha=0.3, linewidth=1)
+            axes.plot(*spirals.truth[index].T.tolist(), color="black", linewidth=1)
+            axes.scatter(*spirals.values[index].T.tolist(), color="C1", s=4, zorder=3)
+        axes.set_aspect("equal")
+    return [path]
+
+
+def _densities(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    """Each density of a flow over the plane, with points drawn from it."""
+    import torch
+
+    from zoo.data.densities import DENSITIES
+
+    axis, paths = torch.linspace(-4, 4, 161), []
+    grid = torch.cartesian_prod(axis, axis)
+    for name in DENSITIES:
+        paths.append(out / f"{name}.png")
+        density = module.predict(grid, name).exp().view(161, 161)
+        with _figure(paths[-1], 4.0, 4.0) as axes:
+            axes.imshow(density.T.tolist(), origin="lower", extent=(-4, 4, -4, 4), cmap="viridis")
+            axes.scatter(*module.sample(name, 300, seed=0).T.tolist(), color="white", s=1)
+            axes.set(title=name, xlim=(-4, 4), ylim=(-4, 4))
+    return paths
+
+
+def expert_usage(metrics: Metrics, task: str) -> tuple[list[int], list[list[float]]]:
+    """Steps, and at each step the mean weight of each expert for a task.
+
+    Raises:
+        ZooError: none was logged.
+    """
+    names = sorted(
+        (name for name in metrics if name.startswith(f"usage_{task}_")),
+        key=lambda name: int(name.rpartition("_")[2]),
+    )
+    if not names:
+        raise ZooError(f"The run logged no use of experts for {task}.")
+    steps = [step for step, _ in metrics[names[0]]]
+    series = [[value for _, value in metrics[name]] for name in names]
+    return steps, [list(row) for row in zip(*series, strict=True)]
+
+
+def _experts(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    if not metrics:
+        return []
+    paths = []
+    for task in module.task_names:
+        steps, rows = expert_usage(metrics, task)
+        path = out / f"experts-{task}.png"
+        with _figure(path) as axes:
+            labels = [f"{index}" for index in range(len(rows[0]))]
+            axes.stackplot(steps, *zip(*rows, strict=True), labels=labels)
+            axes.set(xlabel="step", ylabel=f"weight of experts, {task}", ylim=(0, 1))
+            axes.legend(frameon=False, title="expert", loc="upper left", bbox_to_anchor=(1, 1))
+        paths.append(path)
+    return paths
+
+
 Drawer = Callable[[Any, Path, Metrics, Path], list[Path]]
 
 _LOSS: dict[str, tuple[str, str]] = {
-    "language-modeling": ("nats per character", "validation (blocks)")
+    "density-estimation": ("nats per point", "test points"),
+    "language-modeling": ("nats per character", "validation (blocks)"),
+    "recommendation": ("weighed loss of both tasks", "validation, one drawn item for each rated"),
+    "trajectory-forecasting": ("nats per observation", "test spirals"),
 }
 """Task -> unit of the loss, and what it is validated on."""
 
 _DRAWERS: dict[str, tuple[Drawer, ...]] = {
-    "image-classification": (_accuracy,),
+    "density-estimation": (_densities,),
+    "image-classification": (_accuracy, _solvers),
+    "image-pair-classification": (_experts,),
     "language-modeling": (_language_model,),
+    "recommendation": (_experts,),
+    "trajectory-forecasting": (_trajectories,),
 }
 """Task -> what draws its further figures, of module, checkpoint folder, metrics, output folder."""

@@ -56,6 +56,48 @@ _architectures = {
             module="zoo.tasks.language_modeling:LanguageModel",
         ),
         Architecture(
+            name="ode-resnet",
+            family="continuous-depth",
+            task="image-classification",
+            module="zoo.tasks.continuous_depth:ODEResNetClassifier",
+        ),
+        Architecture(
+            name="latent-ode",
+            family="continuous-depth",
+            task="trajectory-forecasting",
+            module="zoo.tasks.trajectories:TrajectoryModel",
+        ),
+        Architecture(
+            name="continuous-flow",
+            family="continuous-depth",
+            task="density-estimation",
+            module="zoo.tasks.density:DensityModel",
+        ),
+        Architecture(
+            name="dselect-k-recommender",
+            family="dselect-k",
+            task="recommendation",
+            module="zoo.tasks.recommendation:Recommender",
+        ),
+        Architecture(
+            name="factorisation-recommender",
+            family="dselect-k",
+            task="recommendation",
+            module="zoo.tasks.recommendation:FactorisationRecommender",
+        ),
+        Architecture(
+            name="dselect-k-moe",
+            family="dselect-k",
+            task="image-pair-classification",
+            module="zoo.tasks.image_pairs:ImagePairClassifier",
+        ),
+        Architecture(
+            name="dselect-k-recovery",
+            family="dselect-k",
+            task="expert-recovery",
+            module="zoo.tasks.expert_recovery:ExpertRecovery",
+        ),
+        Architecture(
             name="sau-shufflenet-v2-x0-5",
             family="sau-shufflenet",
             task="image-classification",
@@ -72,6 +114,18 @@ _architectures = {
             family="sau-shufflenet",
             task="image-classification",
             module="zoo.tasks.sau_shufflenet:SAUShuffleNetX2",
+        ),
+        Architecture(
+            name="online-ensemble",
+            family="online-ensemble",
+            task="online-learning",
+            module="zoo.tasks.online_learning:OnlineClassifier",
+        ),
+        Architecture(
+            name="online-ensemble-encoder",
+            family="online-ensemble",
+            task="representation-learning",
+            module="zoo.tasks.encoder_training:EncoderTraining",
         ),
     ]
 }

@@ -46,7 +46,14 @@ __all__ = [
 ]
 
 DATA_MODULES: dict[str, str] = {
+    "densities": "zoo.data.densities:DensityDataModule",
+    "encoder-images": "zoo.data.encoder_images:EncoderImages",
+    "expert-recovery": "zoo.data.expert_recovery:ExpertRecoveryDataModule",
+    "image-pairs": "zoo.data.image_pairs:ImagePairDataModule",
     "images": "zoo.data.images:ImageDataModule",
+    "ratings": "zoo.data.ratings:RatingsDataModule",
+    "spirals": "zoo.data.spirals:SpiralDataModule",
+    "streams": "zoo.data.streams:StreamDataModule",
     "text": "zoo.data.text:TextDataModule",
 }
 """Data modules that a recipe can name."""
@@ -266,7 +273,7 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
             if isinstance(cause, ZooError):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
-        raise ConfigError(f"{recipe.path}: {_first_line(error)}") from error
+        raise ConfigError(f"{recipe.path}: {_one_line(error)}") from error
 
 
 def _with_usable_precision(options: dict[str, Any]) -> dict[str, Any]:
@@ -316,9 +323,11 @@ def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) 
         raise ConfigError(f"{recipe.path}: {error}") from None
 
 
-def _first_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) if lines else type(error).__name__
+    # jsonargparse tells the value last, after all types that it is none of.
+    shown = lines[:3] + [line for line in lines[3:] if line.startswith("Given value:")]
+    return " ".join(shown) if shown else type(error).__name__
 
 
 def fit(

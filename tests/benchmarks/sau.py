@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from tests.benchmarks._harness import Comparison, race, repeated
 from torch import Tensor, nn
 
+from tests.benchmarks._harness import Comparison, race, repeated
 from zoo.families.sau_shufflenet import SAU, Activation, ShuffleNetConfig, ShuffleNetV2
 
 ROUNDS = 15

@@ -22,10 +22,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_images import CLASSES, SIZE, make_images, write_folder
 from torch import Tensor
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
+from tests.tiny_images import CLASSES, SIZE, make_images, write_folder
 from zoo.data import images, sources
 from zoo.data.images import (
     IMAGE_SETS,
@@ -695,6 +695,49 @@ def test_cutout_is_a_square_of_the_mean() -> None:
     assert centres == set(itertools.product(range(6), range(9)))
 
 
+@pytest.mark.parametrize("size", [(6, 6), (5, 9)])
+def test_an_image_is_turned_about_its_centre(size: tuple[int, int]) -> None:
+    """Four right angles on a square; half a turn on any shape."""
+    split = random_split(3, size)
+    turns = {180.0: 2} if size[0] != size[1] else {90.0: 1, -90.0: 3, 180.0: 2}
+    for degrees, quarters in turns.items():
+        drawn = np.zeros((4, 3))
+        drawn[0] = degrees / 180
+        maps = images._affine_maps(drawn, AugmentConfig(rotation=180.0), size[0] / size[1])
+        grid = torch.nn.functional.affine_grid(maps, list(split.images.shape), align_corners=False)
+        found = torch.nn.functional.grid_sample(split.images.float(), grid, align_corners=False)
+        expected = torch.rot90(split.images.float(), quarters, (2, 3))
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+
+
+def test_scale_and_shear_move_pixels_as_far_as_they_say() -> None:
+    """Where a point of the new image comes from, by hand, in pixels from the centre."""
+    height, width = 6, 10
+    config = AugmentConfig(rotation=30.0, scale=0.5, shear=0.4)
+    drawn = np.array([[0.5], [-1.0], [0.5], [1.0]])  # 15 degrees, 0.5 high, 1.25 wide, 0.4
+    cosine, sine = np.cos(np.deg2rad(15.0)), np.sin(np.deg2rad(15.0))
+    turn, shear = np.array([[cosine, -sine], [sine, cosine]]), np.array([[1.0, 0.4], [0.0, 1.0]])
+    pixels = np.diag([1.25, 0.5]) @ turn @ shear
+    (found,) = images._affine_maps(drawn, config, height / width)
+    unit = np.diag([width / 2, height / 2])  # from places -1 to 1 to pixels
+    np.testing.assert_allclose(unit @ found[:, :2].numpy() @ np.linalg.inv(unit), pixels, rtol=1e-5)
+    assert not found[:, 2].any()
+
+
+def test_affine_maps_differ_from_image_to_image_and_are_shared_by_processes() -> None:
+    split = random_split(12, (8, 8))
+    config = AugmentConfig(rotation=20.0, scale=0.1, shear=0.1)
+    whole = augmented(split, config)
+    for rank in range(2):
+        part = augmented(split, config, slice(rank, None, 2))
+        assert torch.equal(part.images, whole.images[rank::2])
+    same = ImageSplit(split.images[:1].expand(12, -1, -1, -1).contiguous(), split.labels)
+    found = augmented(same, config).images
+    assert len({tuple(image.flatten().tolist()) for image in found}) == 12
+    assert float(found.min()) >= -1e-3
+    assert float(found.max()) <= 255 + 1e-3
+
+
 def test_mixup_mixes_images_and_labels_by_one_share() -> None:
     split = random_split(40)
     batch = augmented(split, AugmentConfig(mixup=1.0))
@@ -756,10 +799,15 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         ImageDataModule(**options)
 
 
-@pytest.mark.parametrize("field", ["crop_padding", "cutout", "mixup"])
+@pytest.mark.parametrize("field", ["crop_padding", "cutout", "mixup", "rotation", "scale", "shear"])
 def test_augmentation_out_of_range(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must not be negative, got -1"):
         AugmentConfig(**{field: -1})
+
+
+def test_images_are_not_scaled_to_nothing() -> None:
+    with pytest.raises(ValueError, match="scale must be below 1, got 1"):
+        AugmentConfig(scale=1.0)
 
 
 @pytest.mark.parametrize(

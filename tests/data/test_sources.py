@@ -117,7 +117,7 @@ def test_every_source_can_be_checked() -> None:
             assert source.url.startswith("https://"), name
         assert source.licence, name
         parts = Path(source.path).parts
-        archive = source.path.endswith(".tar.gz")
+        archive = source.path.endswith((".tar.gz", ".zip"))
         assert len(parts) >= 2 or archive, f"{name} has no folder of its own"
         assert ".." not in parts, name
         assert not Path(source.path).is_absolute(), name

@@ -14,11 +14,12 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
-import tiny
 import torch
 import yaml
 from PIL import Image
-from tiny_images import (
+
+from tests import tiny
+from tests.tiny_images import (
     CLASSES,
     SIZE,
     TinyClassifier,
@@ -30,7 +31,6 @@ from tiny_images import (
     write_folder,
     write_recipe,
 )
-
 from zoo import cards, checkpoints, controls, evaluation, figures, hub, training
 from zoo.data.images import ImageBatch, ImageDataModule, ImagePreprocessing
 from zoo.errors import CheckpointError, ConfigError, DataError, ZooError

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from zoo.configs import to_json
 from zoo.data.text import START, StreamBatch, encode_bytes
 from zoo.errors import DataError, ZooError
 from zoo.families.cached_transformers import CachedTransformerLM, CachedTransformerLMConfig
@@ -456,7 +457,7 @@ def test_the_validation_loss_counts_each_byte_once(
 
 def test_what_a_checkpoint_needs_to_know() -> None:
     model = model_of("none")
-    assert model.preprocessing == {"tokenizer": "bytes", "start": 10}
+    assert to_json(model.preprocessing) == {"tokenizer": "bytes", "start": 10}
     assert set(model.head_parameters) <= {name for name, _ in model.network.named_parameters()}
     assert isinstance(model.network, CachedTransformerLM)
-    assert list(encode_bytes("\n")) == [model.preprocessing["start"]]
+    assert list(encode_bytes("\n")) == [model.preprocessing.start]

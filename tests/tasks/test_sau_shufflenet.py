@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
-from tiny_images import CLASSES, SIZE
 
 import zoo
+from tests import tiny
+from tests.tiny_images import CLASSES, SIZE
 from zoo import training
 from zoo.errors import ConfigError, DataError
 from zoo.families.sau_shufflenet import SAU, ShuffleNetConfig

@@ -95,7 +95,7 @@ class ImagePreprocessing:
         unit = 255.0 if images.dtype == torch.uint8 else 1.0
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        return images.float().mul_(1.0 / (unit * std)).sub_(mean / std)
+        return images.to(torch.float32, copy=True).mul_(1.0 / (unit * std)).sub_(mean / std)
 
 
 # --- readers --------------------------------------------------------------------------------------
@@ -492,9 +492,17 @@ class AugmentConfig:
     """Side of a square at a random place, partly outside perhaps, that is set to the mean."""
     mixup: float = 0.0
     """Images are mixed in pairs, with their labels, by a share from Beta(mixup, mixup)."""
+    rotation: float = 0.0
+    """Largest angle, in degrees, by which images are turned."""
+    scale: float = 0.0
+    """Largest relative change of height and of width, each drawn by itself, below 1."""
+    shear: float = 0.0
+    """Largest shear: pixels to the side per pixel downwards."""
 
     def __post_init__(self) -> None:
-        for name in ("crop_padding", "cutout", "mixup"):
+        if not self.scale < 1:
+            raise ValueError(f"scale must be below 1, got {self.scale}")
+        for name in ("crop_padding", "cutout", "mixup", "rotation", "scale", "shear"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -538,6 +546,9 @@ def augment_batch(
     holes = torch.from_numpy(generator.random((2, count)))
     partners = torch.from_numpy(generator.permutation(count))
     share = float(generator.beta(config.mixup, config.mixup)) if config.mixup else 1.0
+    affine = None
+    if config.rotation or config.scale or config.shear:
+        affine = _affine_maps(generator.uniform(-1.0, 1.0, (4, count)), config, height / width)
 
     def picked(which: Tensor) -> Tensor:
         # index_select copies whole images at a time, and so does numpy from views of windows;
@@ -551,6 +562,10 @@ def augment_batch(
         if config.flip:
             turned = flips[which].nonzero().flatten()
             batch.index_copy_(0, turned, batch.index_select(0, turned).flip(3))
+        if affine is not None:
+            size = [len(which), *batch.shape[1:]]
+            grid = F.affine_grid(affine[which], size, align_corners=False)
+            batch = F.grid_sample(batch.float().div_(255), grid, align_corners=False)
         batch = preprocessing.normalise(batch)
         if config.cutout:
             inside = []
@@ -572,6 +587,30 @@ def augment_batch(
         mixed.scatter_add_(1, partner_targets[:, None], torch.full((len(mine), 1), 1.0 - share))
         targets = mixed
     return ImageBatch(batch, targets)
+
+
+def _affine_maps(drawn: Any, config: AugmentConfig, aspect: float) -> Tensor:
+    """Maps from places in the new image to places in the old one, B x 2 x 3, of 4 x B draws.
+
+    Args:
+        drawn: numbers from -1 to 1, for the angle, height, width and shear.
+        config: how far each may go.
+        aspect: height over width; places run from -1 to 1 along both.
+    """
+    angle, high, wide, shear = torch.from_numpy(drawn).float()
+    angle = torch.deg2rad(config.rotation * angle)
+    high, wide = 1.0 + config.scale * high, 1.0 + config.scale * wide
+    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    turned = config.shear * shear * cosine - sine
+    return torch.stack(
+        [
+            torch.stack([wide * cosine, aspect * wide * turned, zero], 1),
+            torch.stack(
+                [high * sine / aspect, high * (config.shear * shear * sine + cosine), zero], 1
+            ),
+        ],
+        1,
+    )
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -82,6 +82,18 @@ _FASHION = (
     "MIT",
 )
 _CIFAR = "none stated by its authors"
+_MOVIELENS = "GroupLens: research use, no redistribution"
+
+
+def _omniglot(file: str, size: int, md5: str) -> Source:
+    return Source(
+        path=f"omniglot/{file}",
+        size=size,
+        digest=md5,
+        algorithm="md5",
+        url=f"https://raw.githubusercontent.com/brendenlake/omniglot/master/python/{file}",
+        licence="MIT",
+    )
 
 
 SOURCES: dict[str, Source] = {
@@ -135,6 +147,12 @@ SOURCES: dict[str, Source] = {
         *_FASHION,
         bundled=True,
     ),
+    "omniglot-small-1": _omniglot(
+        "images_background_small1.zip", 1_319_022, "e704a628b5459e08445c13499850abc4"
+    ),
+    "omniglot-small-2": _omniglot(
+        "images_background_small2.zip", 1_580_917, "b75a71a51d3b13f821f212756fe481fd"
+    ),
     "cifar100-train-parquet": Source(
         path="cifar100/train-00000-of-00001.parquet",
         size=None,
@@ -172,6 +190,34 @@ SOURCES: dict[str, Source] = {
         algorithm="md5",
         url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
         licence=_CIFAR,
+    ),
+    "movielens-100k-ratings": Source(
+        path="ml-100k/u.data",
+        size=1_979_173,
+        digest="06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
+        url=None,
+        licence=_MOVIELENS,
+    ),
+    "movielens-100k-archive": Source(
+        path="ml-100k.zip",
+        size=4_924_029,
+        digest="50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
+        url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
+        licence=_MOVIELENS,
+    ),
+    "movielens-1m-archive": Source(
+        path="ml-1m.zip",
+        size=5_917_549,
+        digest="a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+        url="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
+        licence=_MOVIELENS,
+    ),
+    "movielens-latest-small-archive": Source(
+        path="ml-latest-small.zip",
+        size=978_202,
+        digest="696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
+        url="https://files.grouplens.org/datasets/movielens/ml-latest-small.zip",
+        licence=_MOVIELENS,
     ),
 }
 """All files that data modules ask for, by name."""

@@ -7,7 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,10 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.configs import to_json
+from zoo.errors import ConfigError, ZooError
 from zoo.provenance import source_commit
 from zoo.tasks.optimization import OptimizerConfig, build_optimizer
 
-__all__ = ["Measurement", "ZooModule", "compile_network", "count_macs"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from zoo.cards import Card, Measurements
+
+__all__ = ["Exportable", "Measurement", "ZooModule", "compile_network", "count_macs"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,21 @@ class Measurement:
     def value(self) -> float:
         """The metric over all samples."""
         return float(self.sums.sum() / self.counts.sum())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exportable:
+    """A network as a function from tensors to tensors, and an example of what it takes.
+
+    Attributes:
+        network: takes the inputs by position, and returns a tuple of tensors.
+        inputs: random tensors by name; the first dimension of each is the batch.
+        outputs: names of what it returns.
+    """
+
+    network: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
 
 
 class ZooModule(pl.LightningModule):
@@ -97,6 +118,11 @@ class ZooModule(pl.LightningModule):
         """What `preprocessing` becomes with a new head of `num_classes` classes."""
         return preprocessing
 
+    @classmethod
+    def protocols_on(cls, datamodule: Any) -> tuple[str, ...]:
+        """Names of the protocols that data, as they are split, can be measured by."""
+        return tuple(cls.protocols)
+
     def samples(self, batch: Any) -> int:
         """How many samples, in the unit of `measure`, a training batch has."""
         raise NotImplementedError(f"{type(self).__name__} does not say what a sample is")
@@ -109,6 +135,113 @@ class ZooModule(pl.LightningModule):
     def measure(self, datamodule: pl.LightningDataModule, protocol: str) -> Measurement:
         """Measure the network by one of `protocols`; each sample is counted exactly once."""
         raise NotImplementedError(f"{type(self).__name__} has no evaluation protocol {protocol!r}")
+
+    def diagnose(self, datamodule: pl.LightningDataModule) -> dict[str, Any]:
+        """Figures on robustness, as plain JSON, where a family has any; see `zoo evaluate`.
+
+        Raises:
+            ZooError: the model has none.
+        """
+        raise ZooError(f"{type(self).__name__} has no diagnostics.")
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """The network as `zoo export` writes it, with random inputs.
+
+        Args:
+            batch: size of the first dimension of each input.
+            generator: what the inputs are drawn from.
+
+        Raises:
+            ConfigError: this kind of model, or its configuration, cannot be exported; the text has
+                the reason.
+        """
+        raise ConfigError(f"{type(self).__name__} does not say how it is exported.")
+
+    # The Hub's two verbs. Its own mixin would fit here, but loads without a word what does not
+    # match, and takes its files for a pickle where there are no safetensors.
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        strict: bool = True,
+        **network_overrides: Any,
+    ) -> Self:
+        """Load a model as `zoo.load` does, and insist on its class.
+
+        Args:
+            pretrained_model_name_or_path: a weight of the zoo, a checkpoint folder, or a repository
+                on the Hub.
+            revision: commit, tag or branch on the Hub.
+            local_files_only: never to use the network.
+            strict: whether the names and shapes of all tensors must agree.
+            network_overrides: arguments of the network, or others of `zoo.load`.
+
+        Raises:
+            ZooError: as `zoo.load`; or the model is of another class.
+        """
+        import zoo
+
+        module = zoo.load(
+            pretrained_model_name_or_path,
+            revision,
+            local_files_only=local_files_only,
+            strict=strict,
+            **network_overrides,
+        )
+        if not isinstance(module, cls):
+            raise ConfigError(
+                f"{pretrained_model_name_or_path} holds a {type(module).__name__}, not a "
+                f"{cls.__name__}; use zoo.load for either."
+            )
+        return module
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: Card | str,
+        recipe: str,
+        results: Measurements,
+        commit_message: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Publish this model as `zoo.push` does: complete, in one commit, with a tag.
+
+        Args:
+            repo_id: `owner/name`.
+            card: the card, or its Markdown; what can be computed is.
+            recipe: text of the recipe that trained it.
+            results: what was measured of it.
+            commit_message: of the commit.
+            private: to make the repository private.
+            token: a token of the Hub; None: that of the client.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ZooError: something is missing, or the Hub refuses.
+        """
+        from huggingface_hub import constants
+
+        import zoo
+
+        done = zoo.push(
+            self,
+            repo_id,
+            card=card,
+            recipe=recipe,
+            results=results,
+            message=commit_message,
+            private=private,
+            token=token,
+        )
+        return f"{constants.ENDPOINT}/{done.repo_id}/commit/{done.commit}"
 
     def configure_optimizers(self) -> Any:
         total = int(self.trainer.estimated_stepping_batches)

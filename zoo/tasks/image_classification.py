@@ -20,10 +20,10 @@ from zoo.configs import build
 from zoo.data.images import ImageBatch, ImageDataModule, ImagePreprocessing, read_image, resize
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.progress import track
-from zoo.tasks.base import Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
 from zoo.tasks.optimization import OptimizerConfig
 
-__all__ = ["ImageClassifier", "ImagePrediction"]
+__all__ = ["ImageClassifier", "ImagePrediction", "images_of"]
 
 _BATCH = 500
 
@@ -64,6 +64,26 @@ def _average(
         torch._foreach_lerp_(averaged, current, 1 - decay)
     else:
         torch._foreach_copy_(averaged, current)
+
+
+class _FromPixels(nn.Module):
+    """A network with the normalisation of its images before it."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: ImagePreprocessing) -> None:
+        super().__init__()
+        self.network = network
+        mean, std = (
+            torch.tensor(values).view(-1, 1, 1)
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+        self.register_buffer("scale", 1.0 / std)
+        self.register_buffer("shift", mean / std)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (self.network(images * self.scale - self.shift),)
 
 
 class ImageClassifier(ZooModule):
@@ -242,6 +262,17 @@ class ImageClassifier(ZooModule):
     def _placed(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.memory_format)
 
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Images B x C x H x W with values from 0 to 1 in, logits out; normalisation is inside."""
+        if self.preprocessing is None:
+            raise ConfigError("The model does not know the size of its images before it is trained")
+        shape = (batch, self.preprocessing.channels, *self.preprocessing.size)
+        return Exportable(
+            network=_FromPixels(self.published_network, self.preprocessing),
+            inputs={"images": torch.rand(shape, generator=generator)},
+            outputs=("logits",),
+        )
+
     # -------------------------------------------------------------- evaluation
 
     def samples(self, batch: ImageBatch) -> int:
@@ -340,7 +371,7 @@ class ImageClassifier(ZooModule):
         inputs = [
             preprocessing.normalise(checked)
             for image in ([images] if single else images)
-            for checked in _images(image, preprocessing)
+            for checked in images_of(image, preprocessing)
         ]
         if not inputs:
             raise DataError("predict got no images.")
@@ -362,7 +393,7 @@ class ImageClassifier(ZooModule):
         ]
 
 
-def _images(image: Any, preprocessing: ImagePreprocessing) -> list[Tensor]:
+def images_of(image: Any, preprocessing: ImagePreprocessing) -> list[Tensor]:
     """Checked C x H x W tensors of one thing that a user has handed in."""
     if isinstance(image, (str, os.PathLike)):
         picture = read_image(Path(image).expanduser(), preprocessing.channels)

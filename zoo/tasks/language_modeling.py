@@ -10,18 +10,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from zoo.data.text import START, StreamBatch, TextDataModule, encode_bytes
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.cached_transformers import (
+    AttentionState,
     CachedTransformerLM,
     CachedTransformerLMConfig,
     LanguageModelState,
 )
 from zoo.progress import track
-from zoo.tasks.base import Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
 from zoo.tasks.optimization import OptimizerConfig
 
 __all__ = ["LanguageModel", "TextPreprocessing", "TextScore", "TextStream", "sample_token"]
@@ -145,6 +146,21 @@ class TextStream(Iterator[str]):
         raise StopIteration
 
 
+class _OneSegment(nn.Module):
+    """A network whose state goes in and out as tensors, one whole segment at a time."""
+
+    def __init__(self, network: CachedTransformerLM) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tensor, *memories: Tensor) -> tuple[Tensor, ...]:
+        state = self.network.initial_state()
+        if memories:
+            state = LanguageModelState(tuple(AttentionState(memory=m) for m in memories))
+        logits, state = self.network(tokens, state)
+        return logits, *(layer.memory for layer in state.layers if layer.memory is not None)
+
+
 class LanguageModel(ZooModule):
     """A language model over bytes.
 
@@ -212,6 +228,31 @@ class LanguageModel(ZooModule):
         logits, state = self.network(tokens[:, :-1], state)
         losses = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
         return losses, state
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """One segment: tokens and the memory of each block in, logits and the new memories out.
+
+        Fresh streams begin with memories of zeros.
+        """
+        if self.config.memory == "xl":
+            raise ConfigError(
+                "a Transformer-XL memory begins empty and then has a length, which one program "
+                "cannot both take"
+            )
+        segment = (batch, self.config.segment)
+        tokens = torch.randint(self.config.vocab_size, segment, generator=generator)
+        with torch.no_grad():
+            _, state = self.network(tokens)
+        memories = {
+            f"memory_{index}": torch.randn(layer.memory.shape, generator=generator)
+            for index, layer in enumerate(state.layers)
+            if layer.memory is not None
+        }
+        return Exportable(
+            network=_OneSegment(self.network),
+            inputs={"tokens": tokens, **memories},
+            outputs=("logits", *(f"new_{name}" for name in memories)),
+        )
 
     # -------------------------------------------------------------- evaluation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ class OptimizerConfig:
     """Not applied to vectors or to what the network exempts. Decoupled; of SGD, part of the
     gradient."""
     momentum: float = 0.9
-    """Of SGD, in [0, 1)."""
+    """Of SGD, in (0, 1)."""
     schedule: Literal["linear", "cosine", "constant", "one-cycle"] = "linear"
     """Shape of the decay from the peak to zero, over all steps. With "one-cycle" it is a cosine
     that starts where the warm-up ends, so that the peak is reached."""
@@ -44,8 +45,8 @@ class OptimizerConfig:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if not 0.0 < self.momentum < 1.0:
+            raise ValueError(f"momentum must be in (0, 1), got {self.momentum}")
         if self.warmup_fraction is not None and not 0.0 <= self.warmup_fraction < 1.0:
             raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
 
@@ -79,6 +80,8 @@ def build_optimizer(
     """
     import timm.optim  # here, since it imports all models of timm, and most users only load
 
+    if config.name == "muon" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _orthogonalise_in_float32()
     optimizer = timm.optim.create_optimizer_v2(
         network,
         opt=config.name,
@@ -92,3 +95,16 @@ def build_optimizer(
         optimizer, lambda step: schedule_factor(config, step, total_steps)
     )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _orthogonalise_in_float32() -> None:
+    """Let timm's Muon do its products in float32, where bfloat16 would be emulated.
+
+    timm computes them in bfloat16 and has no option for it. On a processor without such
+    arithmetic that took more than half of a training step.
+    """
+    import timm.optim.muon as muon
+
+    function = muon.zeropower_via_newtonschulz
+    if not isinstance(function, functools.partial):
+        muon.zeropower_via_newtonschulz = functools.partial(function, dtype=torch.float32)

@@ -14,10 +14,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import grc_reference as reference
 import pytest
 import torch
-from grc_reference import randomised, to_array
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.families.cached_transformers import grc_reference as reference
+from tests.families.cached_transformers.grc_reference import randomised, to_array
 from zoo.families.cached_transformers import (
     GRC_PRESETS,
     AttentionState,
@@ -937,15 +937,13 @@ def test_documented_shapes() -> None:
 
 def naive_xl(module: RecurrentAttention, text: Tensor, segments: list[int]) -> Tensor:
     """Full attention over the text, each token to its segment and `memory_length` before it."""
-    memory = module.memory_length
-    x = torch.cat((text.new_zeros(memory, DIM), text))  # nothing seen yet: zeros
     weights = reference.below(reference.weights_of(module), "attention.")
     starts = [s for i, n in enumerate(segments) for s in [sum(segments[:i])] * n]
-    allowed = lambda i, j: starts[i - memory] <= j <= i if i >= memory else False  # noqa: E731
-    positions = list(range(len(x)))
+    allowed = lambda i, j: starts[i] - module.memory_length <= j <= i  # noqa: E731
+    positions = list(range(len(text)))
     y = reference.multi_head(
-        to_array(x),
-        to_array(x),
+        to_array(text),
+        to_array(text),
         HEADS,
         weights,
         sees=allowed,
@@ -954,7 +952,7 @@ def naive_xl(module: RecurrentAttention, text: Tensor, segments: list[int]) -> T
         key_positions=None if module.rotary_base is None else positions,
         base=module.rotary_base or 1.0,
     )
-    return torch.from_numpy(y[memory:])
+    return torch.from_numpy(y)
 
 
 @given(
@@ -973,12 +971,14 @@ def test_recurrent_attention_equals_full_attention_over_the_text(
     ).double()
     randomised(module)
     x = tokens(2, sum(segments))
-    out, state = [], None
+    out, state, seen = [], None, 0
     for part in x.split(segments, 1):
         y, state = module(part, state)
         out.append(y)
+        seen += part.shape[1]
         assert not state.is_open
-        assert (None if state.memory is None else state.memory.shape[1]) == (memory or None)
+        remembered = None if state.memory is None else state.memory.shape[1]
+        assert remembered == (min(memory, seen) or None)
     for row, y in zip(x, torch.cat(out, 1), strict=True):
         torch.testing.assert_close(y, naive_xl(module, row, segments), rtol=1e-4, atol=2e-6)
 

@@ -7,17 +7,17 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import grc_reference as reference
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from grc_reference import randomised, to_array
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.families.cached_transformers import grc_reference as reference
+from tests.families.cached_transformers.grc_reference import randomised, to_array
 from zoo.families.cached_transformers import (
     AttentionState,
     CachedTransformerLM,
@@ -113,16 +113,14 @@ def naive_recurrent(
 ) -> reference.Array:
     """Attention over all of the text, to the own segment and `memory_length` tokens before it."""
     memory = config.memory_length if config.memory == "xl" else 0
-    padded = np.concatenate((np.zeros((memory, x.shape[1])), x))
-    positions = list(range(len(padded)))
+    positions = list(range(len(x)))
 
     def sees(i: int, j: int) -> bool:
-        # In padded positions the memory of a segment starts where the segment does in the text.
-        return (i - memory) // config.segment * config.segment <= j <= i
+        return i // config.segment * config.segment - memory <= j <= i
 
-    y = reference.multi_head(
-        padded,
-        padded,
+    return reference.multi_head(
+        x,
+        x,
         config.num_heads,
         weights,
         sees=sees,
@@ -131,7 +129,6 @@ def naive_recurrent(
         key_positions=positions,
         base=config.rotary_base,
     )
-    return y[memory:]
 
 
 @pytest.mark.parametrize("length", [SEGMENT, 3 * SEGMENT + 2])

@@ -193,13 +193,19 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias) if project else nn.Identity()
 
-    def _project(self, x: Tensor, start: int, count: int) -> Tensor:
-        """Rows [start, start + count) of the fused projection, as count x B x H x T x D/H."""
-        rows = slice(start * self.dim, (start + count) * self.dim)
-        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
-        y = F.linear(x, self.qkv.weight[rows], bias)
-        parts = torch.unflatten(y, -1, (count, self.num_heads, -1))
+    def _heads(self, y: Tensor) -> Tensor:
+        """B x T x (count * D), from rows of the fused projection, as count x B x H x T x D/H."""
+        parts = torch.unflatten(y, -1, (-1, self.num_heads, self.dim // self.num_heads))
         return parts.permute(2, 0, 3, 1, 4)
+
+    def _rows(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+        """Weight and bias of the fused projection, each as that of queries and of the rest."""
+        sizes = [self.dim, 2 * self.dim]
+        # Slices instead would each fill a tensor with zeros in the backward pass.
+        for_q, for_kv = torch.split(self.qkv.weight, sizes)
+        bias = self.qkv.bias
+        bias_q, bias_kv = (None, None) if bias is None else torch.split(bias, sizes)
+        return (for_q, for_kv), (bias_q, bias_kv)
 
     def _normalise(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         if self.qk_norm:
@@ -210,16 +216,26 @@ class MultiHeadAttention(nn.Module):
         self, x: Tensor, rotary: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of `x` (B x T x D), each B x H x T x D/H."""
-        q, k, v = self._project(x, 0, 3)
+        q, k, v = self._heads(self.qkv(x))
         return self._normalise(q, rotary), self._normalise(k, rotary), v
 
-    def project_queries(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
-        """Queries of `x` alone."""
-        return self._normalise(self._project(x, 0, 1)[0], rotary)
+    def project_cross(
+        self,
+        x: Tensor,
+        context: Tensor,
+        rotary: Tensor | None = None,
+        context_rotary: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of `x` (B x T x D), keys and values of `context` (B x S x D)."""
+        (for_q, for_kv), (bias_q, bias_kv) = self._rows()
+        q = self._heads(F.linear(x, for_q, bias_q))[0]
+        k, v = self._heads(F.linear(context, for_kv, bias_kv))
+        return self._normalise(q, rotary), self._normalise(k, context_rotary), v
 
     def project_context(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of `x` alone."""
-        k, v = self._project(x, 1, 2)
+        (_, weight), (_, bias) = self._rows()
+        k, v = self._heads(F.linear(x, weight, bias))
         return self._normalise(k, rotary), v
 
     def attend(
@@ -282,17 +298,16 @@ def slot_positions(
         For each slot the lower token, the upper token, and the weight of the upper one. Slot j
         is known once its upper token has been seen.
     """
+    if interpolation == "nearest":  # in short, since it is done for every token that is generated
+        nearest = [j * length // slots for j in range(slots)]
+        return nearest, list(nearest), [0.0] * slots
     lower, upper, weight = [], [], []
     for j in range(slots):
-        if interpolation == "nearest":
-            low = high = j * length // slots
-            fraction = 0.0
-        else:
-            centre = max((j + 0.5) * length / slots - 0.5, 0.0)
-            low = min(int(centre), length - 1)
-            high = min(low + 1, length - 1)
-            fraction = centre - low if high > low else 0.0
-            high = high if fraction else low
+        centre = max((j + 0.5) * length / slots - 0.5, 0.0)
+        low = min(int(centre), length - 1)
+        high = min(low + 1, length - 1)
+        fraction = centre - low if high > low else 0.0
+        high = high if fraction else low
         lower.append(low)
         upper.append(high)
         weight.append(fraction)
@@ -374,13 +389,11 @@ class RecurrentAttention(nn.Module):
         seen = 0 if past is None else past.shape[1]
         q, k, v = attention.project_self(x, self._rotary(seen, x))
         keys, values = state.keys, state.values
-        if memory is None and self.memory_length:
-            memory = x.new_zeros(x.shape[0], self.memory_length, x.shape[2])
         if keys is None and memory is not None:
             keys, values = attention.project_context(memory, self._rotary(-memory.shape[1], memory))
         if keys is not None and values is not None:
             k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
-        y = causal_attend(attention, q, k, v)
+        y = causal_attend(attention, q, k, v, None if memory is None else written_rows(memory))
         # A layer without memory remembers only how far the segment is: width 0 costs nothing.
         fresh = x.detach() if self.memory_length else x.new_empty(*x.shape[:2], 0)
         source = fresh if past is None else torch.cat((past, fresh), 1)
@@ -401,12 +414,28 @@ class RecurrentAttention(nn.Module):
         return rotary_table(positions, attention.dim // attention.num_heads, self.rotary_base)
 
 
-def causal_attend(attention: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last tokens of a sequence to all of it; picks the cheapest exact mask."""
+def written_rows(memory: Tensor) -> Tensor:
+    """B x M: where a memory holds anything; a stream that was reset has rows of zeros."""
+    return (memory != 0).any(-1)
+
+
+def causal_attend(
+    attention: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None = None
+) -> Tensor:
+    """Attention of the last tokens of a sequence to all of it; picks the cheapest exact mask.
+
+    Args:
+        attention: the layer.
+        q, k, v: B x H x T x D/H and B x H x S x D/H (twice).
+        memory: which of the first M keys may be seen, B x M; None: all.
+    """
     queries, keys = q.shape[2], k.shape[2]
     if queries == keys:
         return attention.attend(q, k, v, causal=True)
     mask = None if queries == 1 else offset_causal_mask(queries, keys, q.device)
+    if memory is not None:
+        seen = F.pad(memory, (0, keys - memory.shape[1]), value=True)[:, None, None]
+        mask = seen if mask is None else mask & seen
     return attention.attend(q, k, v, mask)
 
 
@@ -532,7 +561,8 @@ class GRCAttention(nn.Module):
             y = self.attention.attend(q, k, v, padding_mask(lengths, x.shape[1]))
 
         # What is written.
-        update = (x if self.config.update_source == "input" else y)[..., : self.width]
+        lead = x[..., : self.width]
+        update = lead if self.config.update_source == "input" else y[..., : self.width]
         source = update if past is None else torch.cat((past, update), 1)
         reads_new = self.config.order == "write_read"
         new = None
@@ -545,7 +575,7 @@ class GRCAttention(nn.Module):
         read = new if reads_new and new is not None else old
         if self.config.read == "batch_mean":
             read = read.mean(0, keepdim=True).expand(x.shape[0], -1, -1)
-        m = self._attend_memory(x, read, seen)
+        m = self._attend_memory(lead, read, seen)
 
         out = self._mix(y, m)
         if self.positional_conv is not None:
@@ -648,17 +678,21 @@ class GRCAttention(nn.Module):
         known = sum(position < seen for position in high)  # positions ascend: a prefix of slots
         if known == 0:
             return old
-        # As many slots as tokens: nothing to resample.
-        same = low[:known] == list(range(known))
-        update = source[:, :known] if same else source[:, low[:known]]
+        # Tokens at equal distances are a view; picking them by index is slow to differentiate.
+        step = low[1] if known > 1 and low[1] > 0 else 1
+        regular = low[:known] == list(range(0, known * step, step))
+        update = source[:, : known * step : step] if regular else source[:, low[:known]]
         if any(weight):
             share = torch.tensor(weight[:known], dtype=source.dtype, device=source.device)
             update = torch.lerp(update, source[:, high[:known]], share[:, None].expand_as(update))
+        if known == slots:
+            whole: Tensor = self.update(old, update.to(old.dtype))
+            return whole
         new = self.update(old[:, :known], update.to(old.dtype))
-        return new if known == slots else torch.cat((new, old[:, known:]), 1)
+        return torch.cat((new, old[:, known:]), 1)
 
     def _attend_memory(self, x: Tensor, read: Tensor, seen: int) -> Tensor:
-        """Cached attention of the leading channels of `x` to `read`; B x T x Dm."""
+        """Cached attention of the leading channels `x` (B x T x Dm) to `read`; B x T x Dm."""
         config, tokens = self.config, x.shape[1]
         hides = self.causal and config.order == "write_read"
         length = seen + tokens if config.segment is None else config.segment
@@ -671,9 +705,9 @@ class GRCAttention(nn.Module):
             there = torch.tensor(high, device=x.device)
             if config.order == "read_write":
                 there = there - length  # slots hold the previous segment
-            q_table, k_table = rotary_table(here, head, base), rotary_table(there, head, base)
-        q = self.memory_attention.project_queries(x[..., : self.width], q_table)
-        k, v = self.memory_attention.project_context(read.to(x.dtype), k_table)
+            table = rotary_table(torch.cat((here, there)), head, base)
+            q_table, k_table = table[:, :tokens], table[:, tokens:]
+        q, k, v = self.memory_attention.project_cross(x, read.to(x.dtype), q_table, k_table)
         if not hides:
             return self.memory_attention.attend(q, k, v)
         tokens_at = torch.arange(seen, seen + tokens, device=x.device)
@@ -688,10 +722,13 @@ class GRCAttention(nn.Module):
     def _mix(self, y: Tensor, m: Tensor) -> Tensor:
         """Eq. (2): the narrower memory heads are filled up with zeros."""
         weight = self.mixing_weights.to(y.dtype)[:, None]
-        own = torch.unflatten(y, -1, (self.num_heads, -1)) * (1 - weight)
-        cached = torch.unflatten(m, -1, (self.num_heads, -1)) * weight
-        cached = F.pad(cached, (0, own.shape[-1] - cached.shape[-1]))
-        out: Tensor = self.out((own + cached).flatten(2))
+        own = torch.unflatten(y, -1, (self.num_heads, -1))
+        cached = torch.unflatten(m, -1, (self.num_heads, -1))
+        # Only the channels that both have are mixed; zeros would be written, read and added.
+        shared = cached.shape[-1]
+        both, rest = torch.split(own, [shared, own.shape[-1] - shared], -1)
+        mixed = torch.cat((torch.lerp(both, cached, weight), rest * (1 - weight)), -1)
+        out: Tensor = self.out(mixed.flatten(2))
         return out
 
     def _convolve(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:

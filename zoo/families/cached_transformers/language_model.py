@@ -101,7 +101,7 @@ class LanguageModelState:
     def streams(self) -> int | None:
         """Number of streams B; None while nothing has been seen, which fits any number."""
         tensors = (t for layer in self.layers for t in layer if t is not None)
-        return next((len(t) for t in tensors), None)
+        return next((t.shape[0] for t in tensors), None)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> LanguageModelState:
         return dataclasses.replace(self, layers=tuple(s.map(function) for s in self.layers))
@@ -231,8 +231,8 @@ class CachedTransformerLM(nn.Module):
         if detach_every is not None and detach_every < 1:
             raise ValueError(f"detach_every must be at least 1 or None, got {detach_every}")
         state = self.initial_state() if state is None else state
-        if state.streams not in (None, len(tokens)):
-            raise ValueError(f"the state holds {state.streams} streams, tokens {len(tokens)}")
+        if state.streams not in (None, tokens.shape[0]):
+            raise ValueError(f"the state holds {state.streams} streams, tokens {tokens.shape[0]}")
         if len(state.layers) != len(self.blocks):
             raise ValueError(
                 f"the state is of {len(state.layers)} blocks, the network has {len(self.blocks)}"

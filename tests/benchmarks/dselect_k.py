@@ -1,0 +1,157 @@
+"""What a mixture of experts costs once its gate is sparse, over computing all of them.
+
+Sixteen experts of one layer, two of which each example uses; at most a sixth of the dense time.
+torch-rechub's MMoE takes part where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tests.benchmarks._harness import Comparison, race, repeated
+from zoo.families.dselect_k import (
+    DSelectK,
+    MixtureOfExperts,
+    MLPExperts,
+    SoftmaxGate,
+    Towers,
+    mix,
+)
+
+ROUNDS = 15
+AT_MOST = 1 / 6
+
+EXPERTS, ACTIVE, WIDTH = 16, 2, 256
+BATCHES = (512, 4096)
+THREADS = (1, 2)
+
+
+def run(rounds: int) -> list[Comparison]:
+    """Each batch and number of threads, forward alone and with backward; then the peer."""
+    comparisons = []
+    before = torch.get_num_threads()
+    try:
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            for batch in BATCHES:
+                comparisons += _dispatch(batch, threads, rounds)
+    finally:
+        torch.set_num_threads(before)
+    return comparisons + _against_rechub(rounds)
+
+
+def _dispatch(batch: int, threads: int, rounds: int) -> list[Comparison]:
+    generator = torch.Generator().manual_seed(0)
+    experts = MLPExperts(EXPERTS, WIDTH, (WIDTH,))
+    x = torch.randn(batch, WIDTH, generator=generator)
+    weights = torch.zeros(batch, 1, EXPERTS)
+    chosen = torch.rand(batch, EXPERTS, generator=generator).topk(ACTIVE).indices
+    weights[:, 0].scatter_(1, chosen, 1 / ACTIVE)
+    comparisons = []
+    for what, backward in (("forward", False), ("forward and backward", True)):
+        taken = race(
+            {
+                way: repeated(
+                    _pass(lambda x, w, way=way: mix(experts, x, w, way), x, weights, backward)
+                )
+                for way in ("sparse", "dense")
+            },
+            rounds,
+        )
+        comparisons.append(
+            Comparison(
+                name=f"{what}, batch {batch}, {EXPERTS} experts of {WIDTH}, {ACTIVE} in use, "
+                f"{threads} thread{'s' * (threads > 1)}",
+                contestant="sorted dispatch",
+                peer="all experts in one product",
+                values=taken["sparse"],
+                peer_values=taken["dense"],
+                at_most=AT_MOST,
+            )
+        )
+    return comparisons
+
+
+def _pass(
+    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Tensor, backward: bool
+) -> Callable[[], None]:
+    def run() -> None:
+        source, mixture = (t.detach().requires_grad_(backward) for t in (x, weights))
+        with torch.set_grad_enabled(backward):
+            y = function(source, mixture)
+            if backward:
+                y.backward(torch.ones_like(y))
+
+    return run
+
+
+class _Net(nn.Module):
+    """Ours in the shape of the peer: experts, one gate and one tower per task."""
+
+    def __init__(self, gate: nn.Module, tasks: int) -> None:
+        super().__init__()
+        experts = MLPExperts(EXPERTS, WIDTH, (WIDTH,))
+        self.moe = MixtureOfExperts(experts, gate)  # type: ignore[arg-type]
+        self.towers = Towers(tasks, WIDTH, (64,), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.towers(self.moe(x, x).features).squeeze(-1).sigmoid()
+        return outputs
+
+
+def _against_rechub(rounds: int, batch: int = 512, tasks: int = 2) -> list[Comparison]:
+    if importlib.util.find_spec("torch_rechub") is None:
+        return []
+    from torch_rechub.basic.features import DenseFeature
+    from torch_rechub.models.multi_task import MMOE
+
+    features = [DenseFeature("x", embed_dim=WIDTH)]
+    expert = {"dims": [WIDTH], "activation": "relu", "dropout": 0.0}
+    tower = {"dims": [64], "activation": "relu", "dropout": 0.0}
+    peer = MMOE(features, ["classification"] * tasks, EXPERTS, expert, [tower] * tasks)
+    softmax = _Net(SoftmaxGate(EXPERTS, num_tasks=tasks, in_features=WIDTH), tasks)
+    gate = DSelectK(EXPERTS, ACTIVE, num_tasks=tasks)
+    with torch.no_grad():
+        gate.codes.bias.copy_(gate.gamma * gate.codes.bias.sign())  # as training leaves it
+    ours = _Net(gate, tasks)
+    x = torch.randn(batch, WIDTH, generator=torch.Generator().manual_seed(0))
+    comparisons = []
+    for what, backward in (("inference", False), ("training", True)):
+
+        def step(net: Callable[[], Tensor], backward: bool = backward) -> Callable[[], None]:
+            def run() -> None:
+                with torch.set_grad_enabled(backward):
+                    y = net()
+                    if backward:
+                        y.sum().backward()
+
+            return run
+
+        for module in (peer, softmax, ours):
+            module.train(backward)
+        taken = race(
+            {
+                "peer": repeated(step(lambda: peer({"x": x}))),
+                "softmax": repeated(step(lambda: softmax(x))),
+                "ours": repeated(step(lambda: ours(x))),
+            },
+            rounds,
+        )
+        for name, key in (
+            ("softmax gates, all experts", "softmax"),
+            ("DSelect-k, converged static gates", "ours"),
+        ):
+            comparisons.append(
+                Comparison(
+                    name=f"{what}, batch {batch}, {EXPERTS} experts of {WIDTH}, {tasks} tasks",
+                    contestant=name,
+                    peer="torch-rechub MMOE",
+                    values=taken[key],
+                    peer_values=taken["peer"],
+                )
+            )
+    return comparisons

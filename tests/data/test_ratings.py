@@ -1,0 +1,391 @@
+"""Tests of zoo.data.ratings: readers on files of the official formats, both splits, bad input."""
+
+from __future__ import annotations
+
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from zoo.data import sources
+from zoo.data.ratings import (
+    RATING_SETS,
+    RatingBatch,
+    Ratings,
+    RatingsDataModule,
+    have_movielens,
+    load_movielens,
+    read_movielens,
+    read_ratings_csv,
+)
+from zoo.errors import DataError, UnknownNameError
+
+USERS, ITEMS = 12, 30
+
+
+def rows(seed: int = 0) -> list[tuple[int, int, int, int]]:
+    """User, item, rating and time; users from 1, items from 1, every user with 4 ratings or more,
+    times in no order and with ties."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for user in range(1, USERS + 1):
+        rated = generator.choice(ITEMS, int(generator.integers(4, 12)), replace=False) + 1
+        found += [
+            (user, int(item), int(generator.integers(1, 6)), int(generator.integers(100, 106)))
+            for item in rated
+        ]
+    generator.shuffle(found)
+    return [(int(a), int(b), int(c), int(d)) for a, b, c, d in found]
+
+
+def movielens_100k(folder: Path) -> Path:
+    flags = "|".join(["0"] * 5 + ["1"] + ["0"] * 13)
+    items = [
+        f"{i}|Film {i} (19{60 + i})|01-Jan-1990||http://x|{flags}" for i in range(1, ITEMS + 1)
+    ]
+    users = [f"{u}|{20 + u}|{'MF'[u % 2]}|writer|55414" for u in range(1, USERS + 1)]
+    return archive(
+        folder / "ml-100k.zip",
+        {
+            "u.data": "\n".join("\t".join(map(str, row)) for row in rows()) + "\n",
+            "u.item": "\n".join(items).replace("Film 7 ", "Café 7 ") + "\n",
+            "u.user": "\n".join(users) + "\n",
+        },
+        "latin-1",
+    )
+
+
+def movielens_1m(folder: Path) -> Path:
+    items = [f"{i}::Film {i} (1960)::Action|Drama" for i in range(1, ITEMS + 1)]
+    users = [f"{u}::{'MF'[u % 2]}::25::7::55414" for u in range(1, USERS + 1)]
+    return archive(
+        folder / "ml-1m.zip",
+        {
+            "ratings.dat": "\n".join("::".join(map(str, row)) for row in rows()) + "\n",
+            "movies.dat": "\n".join(items).replace("Film 7 ", "Café 7 ") + "\n",
+            "users.dat": "\n".join(users) + "\n",
+        },
+        "latin-1",
+    )
+
+
+def movielens_latest(folder: Path) -> Path:
+    items = [f'{i},"Film {i}, The (1960)",Action|Drama' for i in range(1, ITEMS + 1)]
+    lines = [",".join(map(str, row)) for row in rows()]
+    return archive(
+        folder / "ml-latest-small.zip",
+        {
+            "ratings.csv": "userId,movieId,rating,timestamp\n" + "\n".join(lines) + "\n",
+            "movies.csv": "movieId,title,genres\n"
+            + "\n".join(items).replace("Film 7,", "Café 7,")
+            + "\n",
+        },
+        "utf-8",
+    )
+
+
+def archive(path: Path, members: dict[str, str], encoding: str) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, text in members.items():
+            file.writestr(f"{path.stem}/{name}", text.encode(encoding))
+    return path
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "movielens-100k": movielens_100k,
+    "movielens-1m": movielens_1m,
+    "movielens-latest-small": movielens_latest,
+}
+
+
+def write_csv(folder: Path, header: str = "user,item,rating,when,title") -> Path:
+    path = folder / "mine.csv"
+    lines = [f"u{u},i{i},{r},{t},Thing {i}" for u, i, r, t in rows()]
+    path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def data(folder: Path, **options: Any) -> RatingsDataModule:
+    defaults = {"time_column": "when", "title_column": "title", "batch_size": 16}
+    return RatingsDataModule(path=str(write_csv(folder)), **{**defaults, **options})
+
+
+def as_triples(ratings: Ratings) -> set[tuple[str, str, float]]:
+    return {
+        (ratings.user_ids[u], ratings.item_ids[i], float(r))
+        for u, i, r in zip(ratings.users, ratings.items, ratings.ratings, strict=True)
+    }
+
+
+# --- readers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RATING_SETS)
+def test_an_official_archive_is_read_in_place(name: str, tmp_path: Path) -> None:
+    path = MAKERS[name](tmp_path)
+    ratings = read_movielens(name, path)
+    assert as_triples(ratings) == {(str(u), str(i), float(r)) for u, i, r, _ in rows()}
+    assert ratings.times.tolist() == [t for *_, t in rows()]
+    assert ratings.user_ids == tuple(str(u) for u in range(1, USERS + 1)), "in order of numbers"
+    assert ratings.titles[ratings.item_ids.index("7")].startswith("Café 7")
+    assert ratings.item_features.shape[1] >= 1
+    assert ratings.item_features.all(), "every item has the same genres here"
+    assert ratings.user_features.shape == (
+        USERS,
+        0 if "latest" in name else ratings.user_features.shape[1],
+    )
+    assert list(tmp_path.iterdir()) == [path], "nothing was extracted"
+
+
+def test_user_features_are_one_of_each_kind(tmp_path: Path) -> None:
+    features = read_movielens("movielens-100k", movielens_100k(tmp_path)).user_features
+    # Ages 21 to 32, two genders, one job: a group of age, a gender and the job for each user.
+    assert features.shape == (USERS, 2 + 2 + 1)
+    assert features.sum(1).tolist() == [3.0] * USERS
+
+
+def test_a_folder_with_the_ratings_alone_suffices(tmp_path: Path) -> None:
+    text = "\n".join("\t".join(map(str, row)) for row in rows()) + "\n"
+    (tmp_path / "u.data").write_text(text)
+    ratings = read_movielens("movielens-100k", tmp_path)
+    assert len(ratings) == len(rows())
+    assert ratings.titles == ratings.item_ids
+    assert ratings.item_features.shape[1] == ratings.user_features.shape[1] == 0
+
+
+@pytest.mark.parametrize("name", RATING_SETS)
+def test_sources_are_checked_before_they_are_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOO_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("ZOO_CACHE_DIR", str(tmp_path / "cache"))
+    assert not have_movielens(name)
+    path = MAKERS[name](tmp_path)
+    assert have_movielens(name)
+    with pytest.raises(DataError, match="expected"):
+        load_movielens(name)
+    content = path.read_bytes()
+    record = sources.Source(
+        path=path.name,
+        size=len(content),
+        digest=__import__("hashlib").sha256(content).hexdigest(),
+        url=None,
+        licence="none",
+    )
+    monkeypatch.setitem(sources.SOURCES, f"{name}-archive", record)
+    assert len(load_movielens(name)) == len(rows())
+
+
+def test_a_file_of_ones_own_needs_only_the_names_of_its_columns(tmp_path: Path) -> None:
+    path = write_csv(tmp_path, "wer,was,wie,wann,titel")
+    ratings = read_ratings_csv(
+        path,
+        user_column="wer",
+        item_column="was",
+        rating_column="wie",
+        time_column="wann",
+        title_column="titel",
+    )
+    assert as_triples(ratings) == {(f"u{u}", f"i{i}", float(r)) for u, i, r, _ in rows()}
+    assert ratings.titles[ratings.item_ids.index("i7")] == "Thing 7"
+    assert ratings.times.tolist() == [t for *_, t in rows()]
+    plain = read_ratings_csv(path, user_column="wer", item_column="was", rating_column="wie")
+    assert (plain.times.diff() > 0).all(), "without times, the order of the lines"
+    assert plain.titles == plain.item_ids
+
+
+# --- the temporal split --------------------------------------------------------------------------
+
+
+def test_the_last_rating_is_for_test_and_the_one_before_for_validation(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    ratings, parts = module.ratings, module.parts
+    for user in range(USERS):
+        name = ratings.user_ids[user]
+        own = [(t, line, f"i{i}") for line, (u, i, _, t) in enumerate(rows()) if f"u{u}" == name]
+        expected = [item for *_, item in sorted(own)]
+        for part, wanted in (
+            ("test", expected[-1:]),
+            ("validation", expected[-2:-1]),
+            ("train", expected[:-2]),
+        ):
+            batch = parts[part]
+            found = [ratings.item_ids[i] for i in batch.items[batch.users == user]]
+            assert sorted(found) == sorted(wanted), part
+    assert sum(len(part.users) for part in parts.values()) == len(ratings)
+    assert all(part.watched.all() for part in parts.values())
+
+
+def test_users_with_two_ratings_are_trained_on_only(tmp_path: Path) -> None:
+    path = tmp_path / "few.csv"
+    path.write_text("user,item,rating\na,1,5\na,2,4\na,3,3\nb,1,2\nb,2,1\n")
+    parts = RatingsDataModule(path=str(path)).parts
+    assert [len(parts[name].users) for name in ("train", "validation", "test")] == [3, 1, 1]
+
+
+def test_negatives_are_new_in_each_epoch_and_never_trained_positives(tmp_path: Path) -> None:
+    module = data(tmp_path, negatives=3)
+    positives = module.parts["train"]
+    known = set(zip(positives.users.tolist(), positives.items.tolist(), strict=True))
+    loader = module.train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        pairs = RatingBatch(*(torch.cat(column) for column in zip(*batches, strict=True)))
+        assert len(pairs.users) == 4 * len(known), "every pair once"
+        drawn = pairs.rows(pairs.watched == 0)
+        found = list(zip(drawn.users.tolist(), drawn.items.tolist(), strict=True))
+        assert not known & set(found)
+        counts = Counter(positives.users.tolist())
+        assert Counter(drawn.users.tolist()) == {user: 3 * n for user, n in counts.items()}
+        assert not drawn.ratings.any()
+        shown = pairs.rows(pairs.watched == 1)
+        assert set(zip(shown.users.tolist(), shown.items.tolist(), strict=True)) == known
+        epochs.append(found)
+    assert epochs[0] == epochs[2]
+    assert epochs[0] != epochs[1]
+
+
+def test_processes_share_a_batch(tmp_path: Path) -> None:
+    from zoo.data.ratings import _EpochBatches
+
+    module = data(tmp_path)
+    pairs, items = module.parts["train"], len(module.ratings.item_ids)
+    whole = list(_EpochBatches(pairs, items, 2, 16, 0, 0, 1))
+    halves = [list(_EpochBatches(pairs, items, 2, 16, 0, rank, 2)) for rank in (0, 1)]
+    for all_, first, second in zip(whole, *halves, strict=True):
+        assert torch.equal(all_.items[::2], first.items)
+        assert torch.equal(all_.items[1::2], second.items)
+
+
+def test_validation_pairs_are_the_same_each_time_and_never_rated(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    (first,), (second,) = list(module.val_dataloader()), list(module.val_dataloader())
+    assert torch.equal(first.items, second.items)
+    drawn = first.rows(first.watched == 0)
+    assert len(drawn.users) == USERS
+    keys = set(module.ratings.keys.tolist())
+    assert not keys & set((drawn.users * len(module.ratings.item_ids) + drawn.items).tolist())
+
+
+# --- the split by pairs --------------------------------------------------------------------------
+
+
+def test_pairs_are_balanced_disjoint_and_split_by_label(tmp_path: Path) -> None:
+    module = data(tmp_path, split="pairs")
+    ratings, parts = module.ratings, module.parts
+    pairs = [
+        (int(u), int(i), int(w)) for p in parts.values() for u, i, w in zip(*p[:3], strict=True)
+    ]
+    assert len({pair[:2] for pair in pairs}) == len(pairs) == 2 * len(ratings)
+    per_user = Counter((u, w) for u, _, w in pairs)
+    for user in range(USERS):
+        assert per_user[user, 0] == per_user[user, 1]
+    for label in (0, 1):
+        sizes = {name: int((part.watched == label).sum()) for name, part in parts.items()}
+        n = len(ratings)
+        test = round(0.1 * n)
+        validation = round(0.125 * (n - test))
+        assert sizes == {"train": n - test - validation, "validation": validation, "test": test}
+    truth = {
+        (int(u), int(i)): float(r)
+        for u, i, r in zip(ratings.users, ratings.items, ratings.ratings, strict=True)
+    }
+    for part in parts.values():
+        for u, i, w, r in zip(*part, strict=True):
+            assert float(r) == (truth[int(u), int(i)] if w else 0.0)
+
+
+def test_a_user_who_rated_nearly_all_gets_as_many_negatives_as_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "keen.csv"
+    lines = [f"keen,{i},3" for i in range(18)] + [f"shy,{i},3" for i in range(10, 20)]
+    path.write_text("\n".join(["user,item,rating", *lines]))
+    parts = RatingsDataModule(path=str(path), split="pairs").parts
+    keen = sum(int(((p.users == 0) & (p.watched == 0)).sum()) for p in parts.values())
+    shy = sum(int(((p.users == 1) & (p.watched == 0)).sum()) for p in parts.values())
+    assert (keen, shy) == (2, 10)
+
+
+def test_the_split_depends_on_its_own_seed_alone(tmp_path: Path) -> None:
+    def items(**options: Any) -> list[int]:
+        found: list[int] = data(tmp_path, split="pairs", **options).parts["test"].items.tolist()
+        return found
+
+    assert items(seed=0) == items(seed=5)
+    assert items(split_seed=0) != items(split_seed=1)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("user,film,rating\na,1,5\n", "has no column 'item'.* There are: user, film, rating"),
+        ("user,item,ratings\na,1,5\n", "no column 'rating'. Did you mean 'ratings'"),
+        ("", "has no column 'user'. There are: none"),
+        ("user,item,rating\n", "holds no ratings"),
+        ("user,item,rating\na,1,5\na,2,6\n", "line 3: rating 6 is not between 1 and 5"),
+        ("user,item,rating\na,1,0\n", "line 2: rating 0 is not between 1 and 5"),
+        ("user,item,rating\na,1,nan\n", "line 2: rating nan is not between"),
+        ("user,item,rating\na,1,good\n", "line 2: rating 'good' is no number"),
+        ("user,item,rating\na,1,5\nb,1,4\na,1,3\n", "line 4: user 'a' rated item '1' on line 2"),
+        ("user,item,rating\na,,5\n", "line 2: expected a user, an item and a rating"),
+        ("user,item,rating\na,1\n", "line 2: rating '' is no number"),
+    ],
+)
+def test_a_bad_file_has_one_clear_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        RatingsDataModule(path=str(path)).setup()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_scale_is_an_option(tmp_path: Path) -> None:
+    path = tmp_path / "ten.csv"
+    path.write_text("user,item,rating\na,1,10\na,2,9\na,3,1\n")
+    assert RatingsDataModule(path=str(path), scale=(0, 10)).ratings.scale == (0.0, 10.0)
+
+
+def test_too_few_ratings_to_split_have_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "few.csv"
+    path.write_text("user,item,rating\na,1,5\nb,1,5\n")
+    with pytest.raises(DataError, match="2 ratings, too few for a validation part"):
+        RatingsDataModule(path=str(path)).setup()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dataset": "movielens-10k"}, UnknownNameError, "Did you mean 'movielens-100k'"),
+        ({"split": "random"}, ValueError, "must be 'temporal' or 'pairs', got 'random'"),
+        ({"scale": (5, 1)}, ValueError, "scale must be a lowest and a highest rating"),
+        ({"negatives": 0}, ValueError, "must be at least 1, got 0"),
+        ({"batch_size": 0}, ValueError, "must be at least 1"),
+        ({"seed": -1}, ValueError, "must not be negative, got -1"),
+    ],
+)
+def test_bad_options_have_one_clear_line(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        RatingsDataModule(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_have_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No ratings at"):
+        RatingsDataModule(path=str(tmp_path / "none.csv")).setup()
+    with pytest.raises(DataError, match=r"has no u\.data"):
+        read_movielens("movielens-100k", tmp_path)
+    (tmp_path / "ml-1m.zip").write_bytes(b"no archive")
+    with pytest.raises(DataError, match=r"Cannot read movies\.dat"):
+        read_movielens("movielens-1m", tmp_path / "ml-1m.zip")

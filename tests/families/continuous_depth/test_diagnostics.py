@@ -1,0 +1,248 @@
+"""Tests of the diagnostics on systems whose answers are known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from scipy.linalg import expm
+from torch import Tensor, nn
+
+from zoo.families.continuous_depth import ODEBlock, ODEResNet, ODEResNetConfig, SolverConfig
+from zoo.families.continuous_depth.diagnostics import (
+    _hessenberg,
+    block_steps,
+    diagnose_block,
+    field_extremes,
+    flow_exponents,
+    input_lipschitz,
+    largest_of_symmetric,
+    log_lipschitz_bound,
+    spectral_radius,
+    step_gain,
+)
+
+
+class Linear(nn.Module):
+    """dy/dt = A y."""
+
+    def __init__(self, a: Any) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.as_tensor(a, dtype=torch.float64))
+
+    def forward(self, t: float, y: Tensor) -> Tensor:
+        return y @ self.a.T
+
+
+def block(a: Any, method: str = "rk4", steps: int = 8, end: float = 1.0) -> ODEBlock:
+    return ODEBlock(Linear(a), SolverConfig(method=method, steps=steps), (0.0, end))  # type: ignore[arg-type]
+
+
+def states(n: int = 3, d: int = 4) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def matrix(d: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# -------------------------------------------------------------------------------- Krylov methods
+
+
+@pytest.mark.parametrize("d", [1, 2, 5, 12])
+def test_arnoldi_finds_all_eigenvalues_of_a_small_matrix(d: int) -> None:
+    a = matrix(d)
+    h = _hessenberg(lambda v: v @ a.T, states(2, d), 16, 0)
+    for row in h:
+        found = torch.linalg.eigvals(row).abs().sort().values
+        torch.testing.assert_close(found, torch.linalg.eigvals(a).abs().sort().values)
+
+
+def test_repeated_eigenvalues_do_not_end_the_search() -> None:
+    a = torch.diag(torch.tensor([-1.0, -1.0, -1.0, -3.0], dtype=torch.float64))
+    assert float(largest_of_symmetric(lambda v: v @ a, states()).max()) == pytest.approx(-1.0)
+    torch.testing.assert_close(
+        spectral_radius(lambda v: v @ a, states()), torch.full((3,), 3.0, dtype=torch.float64)
+    )
+
+
+def test_gain_and_extremes_are_those_of_linear_algebra() -> None:
+    a = matrix()
+    gain = step_gain(lambda y: torch.tanh(y @ a.T), states())
+    for y, found in zip(states(), gain, strict=True):
+        jacobian = torch.diag(1 - torch.tanh(a @ y) ** 2) @ a
+        assert float(found) == pytest.approx(float(torch.linalg.matrix_norm(jacobian, 2)))
+    radius, log_norm = field_extremes(block(a), 0.0, states())
+    assert float(radius[0]) == pytest.approx(float(torch.linalg.eigvals(a).abs().max()))
+    assert float(log_norm[0]) == pytest.approx(float(torch.linalg.eigvalsh((a + a.T) / 2).max()))
+
+
+# ------------------------------------------------------------------------------------- exponents
+
+
+def test_exponents_of_a_linear_field_are_those_of_its_matrix_exponential() -> None:
+    a, end = matrix(), 1.5
+    found = flow_exponents(block(a, steps=24, end=end), states(), 4, rounds=2)
+    singular = torch.linalg.svdvals(torch.from_numpy(expm(end * a.numpy())))
+    expected = singular.log() / end
+    for row in found:
+        torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_rotation_has_no_exponents_and_euler_blows_it_up() -> None:
+    speed, steps = 3.0, 10
+    a = [[0.0, -speed], [speed, 0.0]]
+    exact = flow_exponents(block(a, steps=16), states(2, 2), 2, rounds=2)
+    torch.testing.assert_close(exact, torch.zeros(2, 2).to(exact), atol=1e-3, rtol=0)
+    euler = flow_exponents(block(a, "euler", steps), states(2, 2), 2, rounds=2)
+    gain = (1 + (speed / steps) ** 2) ** (steps / 2)
+    torch.testing.assert_close(euler, torch.full((2, 2), math.log(gain)).to(euler))
+    assert float(field_extremes(block(a), 0.0, states(2, 2))[1].abs().max()) < 1e-9
+
+
+def test_k_is_checked() -> None:
+    with pytest.raises(ValueError, match="k must be from 1 to 4, got 5"):
+        flow_exponents(block(matrix()), states(), 5)
+
+
+# ----------------------------------------------------------------------------------- a diagnosis
+
+
+def test_products_of_steps_are_matrix_powers() -> None:
+    a, steps = 0.4 * matrix(), 6
+    found = diagnose_block(block(a, "euler", steps), states())
+    step = torch.eye(4, dtype=torch.float64) + a / steps
+    for k in range(steps):
+        product = torch.linalg.matrix_power(step, k + 1)
+        expected = float(torch.linalg.matrix_norm(product, 2))
+        assert found.product_gain[k] == pytest.approx(expected, rel=1e-6)
+    assert found.step_radius[0] == pytest.approx(float(torch.linalg.eigvals(step).abs().max()))
+    assert found.log_norm_integral == pytest.approx(
+        float(torch.linalg.eigvalsh((a + a.T) / 2).max()), rel=1e-6
+    )
+    assert found.product_gain[-1] <= math.exp(found.log_norm_integral) + 1e-9
+    inverse = torch.linalg.matrix_power(torch.eye(4, dtype=torch.float64) - a / steps, steps)
+    assert found.inverse_exponent == pytest.approx(
+        math.log(float(torch.linalg.matrix_norm(inverse, 2))), rel=1e-3
+    )
+    assert (found.method, found.steps, found.samples) == ("euler", steps, 3)
+
+
+def test_a_mild_flow_raises_no_alarm() -> None:
+    found = diagnose_block(block(0.2 * matrix()), states())
+    assert found.alarms == ()
+    assert found.reconstruction < 1e-6
+    assert found.adjoint_cosine > 0.9999
+    assert found.stiffness < 0.1
+
+
+@pytest.mark.parametrize(
+    ("a", "method", "steps", "alarm"),
+    [
+        ([[-100.0, 0.0], [0.0, -1.0]], "euler", 20, "is 5.00, above 2.0: not stable"),
+        ([[8.0, 0.0], [0.0, 7.0]], "rk4", 16, "largest exponent times duration is 8.0, above 5"),
+        ([[8.0, 0.0], [0.0, 7.0]], "rk4", 16, "grows exponentially with depth"),
+        ([[8.0, 0.0], [0.0, 7.0]], "euler", 16, "spectral radius of a step above 1.1"),
+        ([[-8.0, 0.0], [0.0, -8.0]], "rk4", 16, "no adjoint"),
+        ([[-3.0, 0.0], [0.0, -3.0]], "euler", 8, "integrating back misses the start"),
+    ],
+)
+def test_alarms(a: Any, method: str, steps: int, alarm: str) -> None:
+    found = diagnose_block(block(a, method, steps), states(3, 2))
+    assert any(alarm in text for text in found.alarms), found.alarms
+
+
+def test_gradients_through_the_last_steps_grow_to_the_whole() -> None:
+    """With dy/dt = a y, steps (1 + h a) and one parameter a, the gradient is known."""
+    value, steps = 0.5, 8
+    flow = ODEBlock(Linear([[value]]), SolverConfig(method="euler", steps=steps))
+    y = torch.ones(1, 1, dtype=torch.float64)
+    found = diagnose_block(flow, y, k=1)
+    weight = float(torch.randn(1, 1, generator=torch.Generator().manual_seed(98)))
+    growth = 1 + value / steps
+    expected = [abs(weight) * m / steps * growth ** (steps - 1) for m in (1, 2, 4, 8)]
+    assert list(found.gradient_norms) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_adaptive_block_is_looked_at_on_a_fixed_grid() -> None:
+    flow = ODEBlock(Linear(matrix()), SolverConfig(method="dopri5", tolerance=1e-8))
+    with torch.no_grad():
+        y = states()
+        exact = flow(y)
+        for step in block_steps(flow):
+            y = step(y)
+    torch.testing.assert_close(y, exact, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------- Lipschitz bounds
+
+
+def test_a_linear_net_has_equal_bounds_below_and_above() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double().eval()
+    images = torch.randn(5, 1, 3, 4, dtype=torch.float64)
+    found = input_lipschitz(net[1], images.flatten(1), 2.0, (12,))
+    exact = 2.0 * float(torch.linalg.matrix_norm(net[1].weight, 2))
+    for value in (found.lower, found.lower_with_midpoints, found.mean, found.rms, found.p95):
+        assert value == pytest.approx(exact)
+    assert found.log10_upper == pytest.approx(math.log10(exact))
+    assert found.vacuous is False
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_two_layers_meet_the_bound_only_when_aligned(aligned: bool) -> None:
+    one, two = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        one.weight.copy_(torch.diag(torch.tensor([3.0, 1.0])))
+        two.weight.copy_(torch.diag(torch.tensor([2.0, 1.0] if aligned else [1.0, 2.0])))
+    net = nn.Sequential(one, two).double()
+    found = input_lipschitz(net, torch.randn(4, 2, dtype=torch.float64), 1.0, (2,))
+    assert found.lower == pytest.approx(6.0 if aligned else 3.0)
+    assert 10 ** float(found.log10_upper or 0.0) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (1, 0)])
+def test_a_convolutions_bound_is_the_norm_of_its_matrix(stride: int, padding: int) -> None:
+    conv = nn.Conv2d(2, 3, 3, stride, padding).double()
+    shape = (2, 7, 6)
+    rows = torch.eye(84, dtype=torch.float64).view(84, *shape)
+    columns = (conv(rows) - conv(torch.zeros(1, *shape).double())).flatten(1)
+    exact = float(torch.linalg.matrix_norm(columns, 2))
+    bound = math.exp(log_lipschitz_bound(conv, shape))
+    assert exact <= bound <= 1.011 * exact
+
+
+def test_a_tiny_networks_bound_is_above_what_is_seen_below() -> None:
+    config = ODEResNetConfig(widths=(2, 4), nodes=2, solver=SolverConfig(method="rk4", steps=2))
+    network = ODEResNet(config).double().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images = torch.randn(6, 1, 8, 8, dtype=torch.float64)
+    found = input_lipschitz(network, images, 1.0, (1, 8, 8))
+    assert found.log10_upper is not None
+    assert math.log10(found.lower) < found.log10_upper
+    assert found.lower_with_midpoints >= found.lower >= found.p95 >= 0
+    assert found.vacuous is True, "three group normalisations and an exponential"
+
+
+def test_a_fields_bound_holds_for_every_solver() -> None:
+    """One Euler step of a field with bound L is at most 1 + hL; rk4 at most its polynomial."""
+    from zoo.families.continuous_depth.diagnostics import _log_flow_bound
+
+    bound, h = 2.0, 0.25
+    for method, polynomial in (
+        ("euler", 1 + h * bound),
+        ("midpoint", 1 + h * bound + (h * bound) ** 2 / 2),
+        ("rk4", sum((h * bound) ** k / math.factorial(k) for k in range(5))),
+    ):
+        found = _log_flow_bound(block(matrix(), method, 4), math.log(bound))
+        assert found == pytest.approx(4 * math.log(polynomial))
+
+
+def test_an_unknown_layer_has_no_bound() -> None:
+    with pytest.raises(NotImplementedError, match="MaxPool2d"):
+        log_lipschitz_bound(nn.MaxPool2d(3, 2), (1, 8, 8))
+    net = nn.Sequential(nn.Linear(4, 3), nn.GELU())
+    assert input_lipschitz(net, torch.randn(2, 4), 1.0, (4,)).log10_upper is None

@@ -1,0 +1,445 @@
+"""Tests of the solvers: closed forms, observed orders, gradients, memory, counts, and bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
+from torch import Tensor, nn
+
+from zoo.errors import SolverError
+from zoo.families.continuous_depth import (
+    ADAPTIVE_METHODS,
+    FIXED_METHODS,
+    METHODS,
+    TABLEAUS,
+    SolverConfig,
+    solve,
+)
+from zoo.families.continuous_depth.solvers import Tableau, runge_kutta_step
+
+ORDERS = {"euler": 1, "midpoint": 2, "low_storage_rk3": 3, "rk4": 4}
+
+
+class Field(nn.Module):
+    """A smooth field that depends on time, with a parameter it does not use."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a = nn.Parameter(torch.randn(width, 5, generator=generator).double())
+        self.b = nn.Parameter(torch.randn(5, width, generator=generator).double())
+        self.unused = nn.Parameter(torch.ones(2).double())
+
+    def forward(self, t: float, y: Tensor) -> Tensor:
+        return torch.tanh(y @ self.a + math.sin(3 * t)) @ self.b
+
+
+def initial(batch: int = 4, width: int = 3, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, width, generator=generator, dtype=torch.float64)
+
+
+def gradients(config: SolverConfig, y0: Tensor, times: Any = (0.0, 1.0)) -> list[Tensor]:
+    """Of a loss on the states at all times but the first: for the state and for a and b."""
+    field = Field(y0.shape[1])
+    y0 = y0.clone().requires_grad_()
+    states = solve(field, y0, times, config).states
+    loss = sum((i + 1) * s.square().sum() for i, s in enumerate(states[1:]))
+    return list(torch.autograd.grad(loss, [y0, field.a, field.b]))
+
+
+# -------------------------------------------------------------------------------- solutions
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_the_observed_order_is_that_of_the_method(method: str) -> None:
+    """y' = y cos(t) has the solution y0 exp(sin t)."""
+    y0 = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
+    errors = []
+    for steps in (32, 64, 128):
+        config = SolverConfig(method=method, steps=steps)
+        last = solve(lambda t, y: y * math.cos(t), y0, (0.0, 1.0), config).last
+        errors.append(float((last - y0 * math.exp(math.sin(1.0))).abs().max()))
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(ORDERS[method], abs=0.15)
+    assert TABLEAUS[method].order == ORDERS[method]
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_a_method_of_order_p_integrates_polynomials_of_degree_p_minus_1(method: str) -> None:
+    order = ORDERS[method]
+    config = SolverConfig(method=method, steps=3)
+    y0 = torch.zeros(1, 1, dtype=torch.float64)
+    for degree in range(order):
+        last = solve(lambda t, y, d=degree: 0 * y + (d + 1) * t**d, y0, (0.5, 2.0), config).last
+        assert float(last) == pytest.approx(2.0 ** (degree + 1) - 0.5 ** (degree + 1), rel=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_solver_agrees_with_scipy_both_ways_in_time(method: str) -> None:
+    y0, field = initial(2), Field()
+    config = SolverConfig(method=method, steps=60, tolerance=1e-7)
+    if method == "euler":
+        config = SolverConfig(method=method, steps=1_000)
+    for times in ((0.0, 0.4, 1.0), (1.0, 0.0)):
+        with torch.no_grad():
+            states = solve(field, y0, times, config).states
+
+            def flat(t: float, y: np.ndarray) -> np.ndarray:
+                return field(t, torch.from_numpy(y).view(2, 3)).flatten().numpy()
+
+            reference = solve_ivp(
+                flat,
+                (times[0], times[-1]),
+                y0.flatten(),
+                t_eval=times,
+                rtol=1e-10,
+                atol=1e-10,
+            ).y.T
+        assert len(states) == len(times)
+        tolerance = {"euler": 3e-3, "midpoint": 5e-4, "implicit_adams": 5e-4}.get(method, 2e-5)
+        for state, expected in zip(states, reference, strict=True):
+            np.testing.assert_allclose(state.flatten().numpy(), expected, atol=tolerance)
+
+
+THREE_EIGHTHS = Tableau(
+    a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), b=(1 / 8, 3 / 8, 3 / 8, 1 / 8), order=4
+)
+
+
+@pytest.mark.parametrize(
+    ("tableau", "theirs"),
+    [(TABLEAUS["euler"], "euler"), (TABLEAUS["midpoint"], "midpoint"), (THREE_EIGHTHS, "rk4")],
+)
+def test_steps_are_those_of_torchdiffeq(tableau: Tableau, theirs: str) -> None:
+    field, y = Field(), initial()
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    expected = torchdiffeq.odeint(
+        lambda t, y: field(float(t), y), y, times, method=theirs, options={"step_size": 0.125}
+    )[-1]
+    for i in range(8):
+        y = runge_kutta_step(tableau, field, i / 8, 1 / 8, y)
+    torch.testing.assert_close(y, expected, rtol=1e-7, atol=1e-8)
+
+
+@given(
+    a=st.lists(st.floats(-2.0, 2.0), min_size=4, max_size=4),
+    method=st.sampled_from(FIXED_METHODS),
+    steps=st.integers(1, 6),
+)
+def test_on_linear_fields_a_step_is_the_stability_function(
+    a: list[float], method: Any, steps: int
+) -> None:
+    """Each step multiplies by the Taylor polynomial of exp(hA) up to the order."""
+    matrix = torch.tensor(a, dtype=torch.float64).view(2, 2)
+    h = 0.75 / steps
+    factor = sum(
+        torch.linalg.matrix_power(h * matrix, k) / math.factorial(k)
+        for k in range(ORDERS[method] + 1)
+    )
+    expected = initial(3, 2) @ torch.linalg.matrix_power(factor, steps).T
+    config = SolverConfig(method=method, steps=steps)
+    last = solve(lambda t, y: y @ matrix.T, initial(3, 2), (0.25, 1.0), config).last
+    torch.testing.assert_close(last, expected)
+
+
+# -------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+@pytest.mark.parametrize("gradient", ["discrete", "checkpoint"])
+def test_discrete_gradients_are_those_of_finite_differences(method: Any, gradient: Any) -> None:
+    field = Field()
+    config = SolverConfig(method=method, steps=3, gradient=gradient)
+
+    def outcome(y0: Tensor, a: Tensor) -> Tensor:
+        return solve(
+            lambda t, y: torch.tanh(y @ a + math.sin(3 * t)) @ field.b, y0, (0.0, 1.0), config
+        ).last
+
+    inputs = (initial(2).requires_grad_(), field.a)
+    assert torch.autograd.gradcheck(outcome, inputs)
+    if gradient == "discrete":
+        assert torch.autograd.gradgradcheck(outcome, inputs)
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_checkpointing_changes_no_bit_of_the_gradient(method: Any) -> None:
+    times = (0.0, 0.3, 1.0)
+    direct = gradients(SolverConfig(method=method, steps=3), initial(), times)
+    stored = gradients(
+        SolverConfig(method=method, steps=3, gradient="checkpoint"), initial(), times
+    )
+    for one, other in zip(direct, stored, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_the_adjoint_converges_to_the_discrete_gradient_with_the_order(method: Any) -> None:
+    times = (0.0, 0.6, 1.0)
+    exact = gradients(SolverConfig(method="rk4", steps=64), initial(), times)
+    errors = []
+    for steps in (8, 16, 32):
+        found = gradients(
+            SolverConfig(method=method, steps=steps, gradient="adjoint"), initial(), times
+        )
+        errors.append(max(float((f - e).abs().max()) for f, e in zip(found, exact, strict=True)))
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(ORDERS[method], abs=0.4)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "implicit_adams"])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_gradients_of_torchdiffeqs_solvers_agree_with_ours(method: Any, gradient: Any) -> None:
+    exact = gradients(SolverConfig(method="rk4", steps=48), initial())
+    found = gradients(
+        SolverConfig(method=method, steps=50, tolerance=1e-7, gradient=gradient), initial()
+    )
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+
+
+def test_the_adjoint_leaves_frozen_and_unused_parameters_without_gradient() -> None:
+    field = Field()
+    field.b.requires_grad_(False)
+    config = SolverConfig(method="rk4", steps=4, gradient="adjoint")
+    solve(field, initial(), (0.0, 1.0), config).last.sum().backward()
+    assert field.a.grad is not None
+    assert field.b.grad is None
+    assert field.unused.grad is None or not field.unused.grad.any()
+
+
+# ----------------------------------------------------------------------- memory and counts
+
+
+def saved_bytes(config: SolverConfig) -> int:
+    """Bytes of distinct tensors that a forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    field, alive = Field(16), []  # type: ignore[var-annotated]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        solve(field, initial(64, 16).requires_grad_(), (0.0, 1.0), config)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_memory_of_the_gradient_modes(method: Any) -> None:
+    """Adjoint: none per step. Checkpoint: one state per step. Discrete: all stages."""
+
+    def growth(gradient: Any) -> float:
+        few, many = (
+            saved_bytes(SolverConfig(method=method, steps=steps, gradient=gradient))
+            for steps in (8, 24)
+        )
+        return (many - few) / 16
+
+    state = 64 * 16 * 8
+    assert growth("adjoint") == 0
+    assert growth("checkpoint") == state
+    assert growth("discrete") > 0.9 * TABLEAUS[method].stages * 64 * 5 * 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("gradient", ["discrete", "checkpoint", "adjoint"])
+def test_evaluations_are_counted_forward_and_backward(method: Any, gradient: Any) -> None:
+    if gradient == "checkpoint" and method not in FIXED_METHODS:
+        pytest.skip("refused, see the bad input")
+    field, calls, beyond = Field(), [0], [0.0]
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = field
+
+        def forward(self, t: float, y: Tensor) -> Tensor:
+            calls[0] += 1
+            beyond[0] = max(beyond[0], t)
+            return self.inner(t, y)
+
+    config = SolverConfig(method=method, steps=3, gradient=gradient, tolerance=1e-2)
+    solution = solve(Counting(), initial().requires_grad_(), (0.0, 0.5, 1.0), config)
+    statistics = solution.statistics
+    assert statistics.nfe == calls[0] > 0
+    assert statistics.nfe_backward == 0
+    if config.is_fixed:
+        assert statistics.nfe == 2 * 3 * TABLEAUS[method].stages
+        assert statistics.accepted == 6
+        assert beyond[0] <= 1.0
+    if method == "dopri5":
+        # The documented arithmetic of torchdiffeq, overstepping of the end included.
+        assert statistics.nfe == 2 + 6 * (statistics.accepted + statistics.rejected)
+        assert beyond[0] > 1.0
+    solution.last.sum().backward()
+    assert statistics.nfe_backward == calls[0] - statistics.nfe
+    assert (statistics.nfe_backward == 0) == (gradient == "discrete")
+    assert statistics.nfe == calls[0] - statistics.nfe_backward
+
+
+# -------------------------------------------------------------------------- batch invariance
+
+
+@pytest.mark.parametrize("method", [*FIXED_METHODS, "dopri5", "adaptive_heun"])
+def test_a_samples_result_depends_on_its_batch_exactly_where_it_is_said(method: Any) -> None:
+    field, y0 = Field(), initial(4)
+    crowd = y0.clone()
+    crowd[1:] *= 30.0
+    for control in ("batch", "each_sample"):
+        config = SolverConfig(method=method, steps=4, tolerance=1e-2, error_control=control)
+        alone = solve(field, y0[:1], (0.0, 1.0), config)
+        among = solve(field, crowd, (0.0, 1.0), config)
+        assert among.statistics.batch_dependent == config.is_batch_dependent
+        gap = float((alone.last[0] - among.last[0]).abs().max())
+        assert (gap > 1e-9) == config.is_batch_dependent
+        if control == "each_sample" and not config.is_fixed:
+            assert len(among.statistics.nfe_per_sample) == 4
+            assert among.statistics.nfe == max(among.statistics.nfe_per_sample)
+
+
+def test_worst_sample_control_keeps_the_hard_sample_within_tolerance() -> None:
+    """One fast oscillator among many that stand still: an average over the batch hides it."""
+    speed = torch.zeros(256, 1, dtype=torch.float64)
+    speed[0] = 12.0
+    y0 = torch.zeros(256, 2, dtype=torch.float64)
+    y0[:, 0] = 1.0
+
+    def field(t: float, y: Tensor) -> Tensor:
+        return speed * torch.stack((-y[:, 1], y[:, 0]), 1)
+
+    exact = torch.tensor([math.cos(12.0), math.sin(12.0)], dtype=torch.float64)
+    errors = {}
+    for control in ("batch", "worst_sample"):
+        config = SolverConfig(method="dopri5", tolerance=1e-3, error_control=control)  # type: ignore[arg-type]
+        last = solve(field, y0, (0.0, 1.0), config).last
+        errors[control] = float((last[0] - exact).abs().max())
+    # The error of the whole solve may be a few times that of a step.
+    assert errors["worst_sample"] < 2e-2
+    assert errors["batch"] > 3 * errors["worst_sample"]
+
+
+# -------------------------------------------------------------- compilers and transformations
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_fixed_steps_are_one_graph_export_and_transform(method: Any) -> None:
+    field, y0 = Field(), initial()
+    config = SolverConfig(method=method, steps=2)
+
+    class Flow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.field = field
+
+        def forward(self, y: Tensor) -> Tensor:
+            return solve(self.field, y, (0.0, 1.0), config).last
+
+    flow = Flow()
+    expected = flow(y0)
+    torch._dynamo.reset()
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(y0), expected)
+    exported = torch.export.export(flow, (y0,)).module()
+    torch.testing.assert_close(exported(y0), expected)
+    # Jacobians three ways: reverse and forward mode over a batch, and row by row.
+    per_sample = torch.func.vmap(torch.func.jacrev(lambda y: flow(y[None])[0]))(y0)
+    forward_mode = torch.func.vmap(torch.func.jacfwd(lambda y: flow(y[None])[0]))(y0)
+    torch.testing.assert_close(per_sample, forward_mode)
+    whole = torch.autograd.functional.jacobian(flow, y0)
+    torch.testing.assert_close(per_sample, torch.stack([whole[i, :, i] for i in range(4)]))
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "rk45"}, r"no solver 'rk45'\. Did you mean 'rk4'\?.*There are: euler.*dopri5"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"steps": 2.0}, "steps must be an integer"),
+        ({"tolerance": 0.0}, "tolerance must be positive, got 0.0"),
+        ({"tolerance": -1e-3}, "tolerance must be positive"),
+        ({"tolerance": math.nan}, "tolerance must be positive"),
+        ({"gradient": "exact"}, "gradient must be one of 'discrete', 'checkpoint', 'adjoint'"),
+        ({"error_control": "no"}, "error_control must be one of 'batch'.*got 'no'"),
+        ({"max_nfe": 0}, "max_nfe must be at least 1"),
+        ({"method": "dopri5", "gradient": "checkpoint"}, "needs a solver of fixed steps"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SolverConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ((0.0,), "at least two, got 1"),
+        ((0.0, 1.0, 0.5), r"times\[1\] = 1 is followed by 0.5"),
+        ((0.0, 0.0), "strictly"),
+        ((1.0, 0.5, 0.7), r"times\[1\] = 0.5 is followed by 0.7"),
+        ((0.0, math.nan), "strictly"),
+    ],
+)
+def test_times_that_are_not_monotone_are_refused(times: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        solve(Field(), initial(), times)
+
+
+def test_an_integer_state_is_refused() -> None:
+    with pytest.raises(ValueError, match="floating point"):
+        solve(lambda t, y: y, torch.ones(2, 2, dtype=torch.long), (0.0, 1.0))
+
+
+@pytest.mark.parametrize("method", [*FIXED_METHODS, *ADAPTIVE_METHODS])
+def test_a_state_that_explodes_names_sample_and_time(method: Any) -> None:
+    """y' = y^2 from 1/c leaves every bound at time c; sample 1 does so at 0.5."""
+    y0 = torch.tensor([[0.01], [2.0], [0.01]], dtype=torch.float64)
+    config = SolverConfig(method=method, steps=64, tolerance=1e-3)
+    with pytest.raises(SolverError) as caught:
+        solve(lambda t, y: y**2, y0, (0.0, 2.0), config)
+    text = str(caught.value)
+    assert "\n" not in text
+    if method in FIXED_METHODS:
+        assert "sample 1 is not finite at time" in text
+        when = float(text.split("at time ")[1].split(" ")[0])
+        assert 0.5 <= when < 1.0
+    else:
+        assert "time 0." in text, "the last time reached"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_that_starts_broken_is_named(method: Any) -> None:
+    y0 = initial()
+    y0[2, 1] = math.nan
+    with pytest.raises(SolverError, match="sample 2 is not finite"):
+        solve(Field(), y0, (0.0, 1.0), SolverConfig(method=method, steps=2))
+
+
+def test_a_stiff_problem_ends_at_the_cap_with_the_time_reached() -> None:
+    config = SolverConfig(method="dopri5", tolerance=1e-6, max_nfe=2_000)
+    with pytest.raises(SolverError, match=r"cap of max_nfe=2000 .* time 0\.\d+: .* stiff"):
+        solve(lambda t, y: -1e5 * (y - math.cos(t)), initial(), (0.0, 1.0), config)
+    with pytest.raises(SolverError, match="needs 4000 evaluations, more than max_nfe=100"):
+        solve(Field(), initial(), (0.0, 1.0), SolverConfig(steps=1000, max_nfe=100))
+
+
+def test_the_cap_holds_in_the_backward_pass_too() -> None:
+    config = SolverConfig(method="dopri5", tolerance=1e-3, gradient="adjoint", max_nfe=30)
+    field = Field()
+    solution = solve(field, initial().requires_grad_(), (0.0, 1.0), config)
+    object.__setattr__(config, "max_nfe", solution.statistics.nfe - 20)
+    with pytest.raises(SolverError, match="cap of max_nfe"):
+        solution.last.sum().backward()

@@ -1,0 +1,390 @@
+"""Tests of the tasks with a solver inside: the knob, training, measures, predictions, diagnoses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests import tiny
+from tests.tiny_images import CLASSES, SIZE, write_folder
+from zoo import checkpoints, training
+from zoo.data.densities import DENSITIES, DensityDataModule
+from zoo.data.images import ImagePreprocessing
+from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule
+from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError
+from zoo.families.continuous_depth import ODEResNetConfig, SolverConfig
+from zoo.families.continuous_depth.flows import FlowConfig
+from zoo.families.continuous_depth.trajectories import HORIZON, TrajectoryConfig
+from zoo.tasks.continuous_depth import ODEResNetClassifier
+from zoo.tasks.density import DensityModel
+from zoo.tasks.trajectories import TrajectoryModel
+
+NETWORK = ODEResNetConfig(num_classes=3, in_channels=3, widths=(4, 6), hidden=5, nodes=2)
+PREPROCESSING = ImagePreprocessing(
+    size=SIZE, channels=3, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2), classes=CLASSES
+)
+
+
+def classifier(**options: Any) -> ODEResNetClassifier:
+    torch.manual_seed(0)
+    return ODEResNetClassifier(NETWORK, preprocessing=PREPROCESSING, **options).eval()
+
+
+def write(folder: Path, values: dict[str, Any]) -> Path:
+    trainer = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"seed_everything": 1, "trainer": trainer, **values}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> training.Run:
+    """A classifier on made images, trained by the adjoint of an adaptive solver."""
+    folder = tmp_path_factory.mktemp("ode")
+    write_folder(folder / "images")
+    values = {
+        "zoo": {"architecture": "ode-resnet", "data": "images", "weight": "ode-resnet.made"},
+        "model": {
+            "ema_decay": 0.5,
+            "network": {
+                "num_classes": 3,
+                "in_channels": 3,
+                "widths": [4, 6],
+                "solver": {"method": "dopri5", "tolerance": 0.01, "gradient": "adjoint"},
+            },
+            "optimizer": {"lr": 0.02, "warmup_steps": 0, "weight_decay": 0.0},
+        },
+        "data": {"path": str(folder / "images"), "size": list(SIZE), "batch_size": 12},
+    }
+    return training.fit(write(folder, values), out=folder / "run")
+
+
+# ------------------------------------------------------------------------------ the classifier
+
+
+def test_training_logs_evaluations_forward_and_backward(run: training.Run) -> None:
+    from zoo.figures import read_metrics
+
+    metrics = read_metrics(run.folder)
+    assert min(v for _, v in metrics["nfe"]) >= 8
+    assert min(v for _, v in metrics["nfe_backward"]) >= 8
+
+
+def test_the_solver_comes_with_the_weight_and_the_knob_changes_it(run: training.Run) -> None:
+    model = checkpoints.load(run.checkpoint)
+    assert (model.solver, model.tolerance, model.gradient_mode) == ("dopri5", 0.01, "adjoint")
+    images = torch.rand(2, 3, *SIZE)
+    before = model.predict(images)
+    assert model.nfe > 0
+    model.tolerance = 1e-6
+    tight = model.predict(images)
+    assert model.nfe > 8
+    model.solver = "rk4"
+    model.steps = 32
+    assert model.nfe == 128
+    fixed = model.predict(images)
+    assert model.nfe == 128
+    for one, other in zip(fixed, tight, strict=True):
+        assert one.classes == other.classes
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-3)
+    assert len(before) == 2
+    overridden = checkpoints.load(run.checkpoint, solver={"method": "euler", "steps": 2})
+    assert (overridden.solver, overridden.nfe) == ("euler", 2)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("solver", "rk5", "no solver 'rk5'.*There are: euler"),
+        ("steps", 0, "at least 1, got 0"),
+        ("tolerance", -1.0, "must be positive"),
+        ("gradient_mode", "no", "gradient must be one of 'discrete'"),
+    ],
+)
+def test_a_wrong_knob_is_one_line(attribute: str, value: Any, message: str) -> None:
+    with pytest.raises(ZooError, match=message) as caught:
+        setattr(classifier(), attribute, value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_knob_reaches_the_average_of_the_weights() -> None:
+    model = classifier(ema_decay=0.9)
+    model.solver, model.steps = "rk4", 3
+    for network in (model.network, model.published_network):
+        assert [b.solver.method for b in network.ode_blocks()] == ["rk4"]
+    assert model.nfe == 12
+    with model.another_solver(method="euler", steps=1):
+        assert model.nfe == 1
+    assert (model.solver, model.steps) == ("rk4", 3)
+
+
+def test_a_control_without_ode_has_no_knob_and_no_diagnosis() -> None:
+    config = ODEResNetConfig(num_classes=3, in_channels=3, widths=(4, 6), body="none")
+    model = ODEResNetClassifier(config, preprocessing=PREPROCESSING)
+    with pytest.raises(ConfigError, match="no ODE block"):
+        model.solver = "rk4"
+    with pytest.raises(ConfigError, match="no ODE block"):
+        _ = model.nfe
+
+
+def test_evaluate_diagnoses_and_records(run: training.Run, monkeypatch: Any) -> None:
+    monkeypatch.setattr("zoo.tasks.continuous_depth._TOLERANCES", (1e-2, 1e-3))
+    said = tiny.run("evaluate", run.checkpoint, "--record", "--diagnose", "--json")
+    assert said.status == 0, said.err
+    stored = json.loads((run.checkpoint / "results.json").read_text())["diagnostics"]
+    curve = stored["solver_curve"]
+    assert curve[0]["solver"] == "dopri5"
+    assert curve[0]["value"] == said.json["outcomes"][0]["value"]
+    assert all(0.0 <= entry["value"] <= 1.0 for entry in curve)
+    # More evaluations for tighter tolerances, and as many as counted for fixed steps.
+    assert curve[-1]["nfe"] >= curve[-2]["nfe"]
+    euler = next(entry for entry in curve if entry["solver"] == "euler")
+    assert euler["nfe"] == euler["steps"]
+    (block,) = stored["blocks"]
+    assert (block["method"], block["steps"], len(block["product_gain"])) == ("rk4", 16, 16)
+    assert stored["lipschitz"]["lower"] <= stored["lipschitz"]["lower_with_midpoints"]
+    assert stored["batch_invariance"]["trained"] >= 0.0
+    assert stored["refinement"]["verdict"].split(":")[0] in (
+        "an ODE",
+        "a residual network in disguise",
+    )
+    # A second record without --diagnose keeps what is known.
+    assert tiny.run("evaluate", run.checkpoint, "--record").status == 0
+    again = json.loads((run.checkpoint / "results.json").read_text())["diagnostics"]
+    assert again == stored
+
+
+def test_the_refinement_report_tells_a_flow_from_a_residual_network() -> None:
+    """A metric that is the first logit: with a strong field Euler's steps matter, a weak one's
+    do not."""
+
+    class Datamodule:
+        pass
+
+    model = classifier()
+    model.solver, model.steps = "euler", 2
+    images = torch.randn(4, 3, *SIZE)
+
+    class Measured:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+    def measure(datamodule: Any, protocol: str) -> Measured:
+        with torch.no_grad():
+            return Measured(float(model.network(images)[0, 0]))
+
+    model.measure = measure  # type: ignore[method-assign, assignment]
+    model.block_states = lambda datamodule: []  # type: ignore[method-assign]
+    verdicts = []
+    for scale in (0.0, 3.0):
+        with torch.no_grad():
+            for block in model.network.ode_blocks():
+                block.field.conv2.weight.normal_().mul_(scale)
+        report = super(ODEResNetClassifier, model).diagnose(Datamodule())  # type: ignore[arg-type]
+        verdicts.append(report["refinement"]["verdict"])
+        assert (report["refinement"]["spread"] > 0.002) == (scale > 0)
+    assert verdicts[0].startswith("an ODE")
+    assert verdicts[1].startswith("a residual network in disguise")
+
+
+# ---------------------------------------------------------------------------------- trajectories
+
+
+def trajectories(**changes: Any) -> TrajectoryModel:
+    torch.manual_seed(0)
+    return TrajectoryModel(TrajectoryConfig(**changes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["latent_ode", "rnn"])
+def test_a_trajectory_model_goes_round(kind: str, tmp_path: Path) -> None:
+    values = {
+        "zoo": {"architecture": "latent-ode", "data": "spirals", "weight": "latent-ode.made"},
+        "model": {
+            "network": {"kind": kind, "hidden": 4, "recurrent": 5},
+            "optimizer": {"lr": 0.01, "warmup_steps": 0, "weight_decay": 0.0},
+        },
+        "data": {"observations": 6, "count": 16, "batch_size": 8},
+    }
+    run = training.fit(write(tmp_path, values), out=tmp_path / "run")
+    model = checkpoints.load(run.checkpoint)
+    measured = model.measure(run.datamodule, "extrapolation")
+    spirals = run.datamodule.test
+    at = [(WINDOW + i + 1) * SPACING for i in range(WINDOW)]
+    (one,) = model.predict((spirals.times[3], spirals.values[3]), at)
+    error = (one.mean - spirals.truth[3, WINDOW:]).square().mean().sqrt()
+    assert float(measured.sums[3]) == pytest.approx(float(error), rel=1e-5)
+    assert (measured.n, measured.metric, measured.split) == (16, "rmse", "test")
+
+
+def test_predictions_are_points_and_draws_at_any_times() -> None:
+    model = trajectories()
+    times, values = [0.1, 0.5, 0.9], [[0.0, 1.0], [1.0, 0.0], [0.0, -1.0]]
+    at = [0.0, 0.3, 2.0]
+    (found,) = model.predict((times, values), at, draws=5, seed=3)
+    assert found.mean.shape == (3, 2)
+    assert found.draws.shape == (5, 3, 2)
+    (again,) = model.predict((times, values), at, draws=5, seed=3)
+    assert torch.equal(found.draws, again.draws)
+    assert len({tuple(d.flatten().tolist()) for d in found.draws}) == 5
+    assert model.predict((times, values), [0.3])[0].draws.shape == (0, 1, 2)
+    several = model.predict([(times, values), (times[:2], values[:2])])
+    assert [e.mean.shape for e in several] == [(HORIZON, 2)] * 2
+    assert [e.times[0] for e in several] == pytest.approx([0.92, 0.52])
+    model.solver, model.tolerance = "dopri5", 1e-6
+    torch.testing.assert_close(
+        found.mean, model.predict((times, values), at)[0].mean, rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0.1], [[0.0, 1.0]], [1.0]), DataError, "at least two observations"),
+        (([0.1, 0.2], [[0.0, 1.0]], [1.0]), DataError, r"N x 2 values, got \(2,\)"),
+        (([0.2, 0.1], [[0.0, 1.0]] * 2, [1.0]), DataError, "must be increasing"),
+        (([-0.2, 0.1], [[0.0, 1.0]] * 2, [1.0]), DataError, "from 0 on"),
+        (([0.1, 0.2], [[0.0, math.nan]] * 2, [1.0]), DataError, "must be finite"),
+        (([0.1, 0.2], [[0.0, 1.0]] * 2, []), DataError, "one time to predict"),
+        (([0.1, 0.2], [[0.0, 1.0]] * 2, [1.0, 0.5]), ZooError, "increasing from 0 on"),
+    ],
+)
+def test_wrong_observations_are_refused(arguments: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        trajectories().predict(arguments[:2], arguments[2])
+
+
+def test_the_recurrent_network_says_what_it_cannot_do() -> None:
+    model = trajectories(kind="rnn")
+    observed = ([0.1, 0.2], [[0.0, 1.0]] * 2)
+    with pytest.raises(ZooError, match="no latent state to draw"):
+        model.predict(observed, [1.0], draws=2)
+    with pytest.raises(ZooError, match="onwards only"):
+        model.predict(observed, [0.15])
+    with pytest.raises(ZooError, match="no ODE block"):
+        model.solver = "rk4"
+    with pytest.raises(ConfigError, match="compile=false"):
+        TrajectoryModel(compile=True)
+
+
+def test_a_latent_ode_is_diagnosed_over_the_time_that_is_predicted() -> None:
+    model = trajectories()
+    data = SpiralDataModule(observations=5, count=6)
+    ((block, states),) = model.block_states(data)
+    assert states.shape == (6, 4)
+    assert block.interval == (0.0, 2 * WINDOW * SPACING)
+    assert block.field is model.network.flow.field
+
+
+# --------------------------------------------------------------------------------------- flows
+
+
+def densities(**changes: Any) -> DensityModel:
+    torch.manual_seed(0)
+    return DensityModel(FlowConfig(conditions=6, hidden=6, couplings=2, **changes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["continuous", "coupling"])
+def test_a_flow_goes_round_and_learns(kind: str, tmp_path: Path) -> None:
+    values = {
+        "zoo": {"architecture": "continuous-flow", "data": "densities", "weight": "flow.made"},
+        "model": {
+            "network": {"kind": kind, "conditions": 6, "hidden": 12, "couplings": 2},
+            "optimizer": {"lr": 0.02, "warmup_steps": 0, "weight_decay": 0.0},
+        },
+        "data": {"batch_size": 60, "steps": 15, "test_points": 50},
+    }
+    run = training.fit(write(tmp_path, values), out=tmp_path / "run")
+    model = checkpoints.load(run.checkpoint)
+    measured = model.measure(run.datamodule, "all")
+    assert measured.n == 300
+    parts = [model.measure(run.datamodule, name) for name in DENSITIES]
+    assert measured.value == pytest.approx(sum(p.value for p in parts) / 6)
+    points = run.datamodule.test_set("circles")
+    assert parts[1].value == pytest.approx(-float(model.predict(points, "circles").mean()))
+    fresh = densities(kind=kind).measure(run.datamodule, "all").value
+    assert measured.value < fresh - 0.05
+
+
+def test_samples_are_repeatable_and_follow_the_density() -> None:
+    model = densities()
+    points = model.sample("moons", 500, seed=2)
+    assert torch.equal(points, model.sample("moons", 500, seed=2))
+    assert not torch.equal(points, model.sample("moons", 500, seed=3))
+    # Untrained, the flow is the standard normal density.
+    assert float(points.std()) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.sample("moon", 3), UnknownNameError, "Did you mean 'moons'"),
+        (lambda m: m.sample("moons", 0), ZooError, "n must be at least 1"),
+        (lambda m: m.predict([[0.0, 1.0]], "rings"), UnknownNameError, "The flow knows: moons"),
+        (lambda m: m.predict([0.0, 1.0], "moons"), DataError, "N x 2"),
+        (lambda m: m.predict([[0.0, math.inf]], "moons"), DataError, "finite"),
+        (lambda m: m.measure(DensityDataModule(), "some"), ZooError, "Unknown protocol"),
+    ],
+)
+def test_wrong_requests_of_a_flow_are_refused(call: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(densities())
+
+
+def test_a_flow_for_other_densities_is_refused() -> None:
+    with pytest.raises(ConfigError, match="conditions=6"):
+        DensityModel(FlowConfig(conditions=2))
+
+
+def test_a_flow_is_diagnosed_density_by_density() -> None:
+    model = densities(solver=SolverConfig(method="rk4", steps=2))
+    found = model.block_states(DensityDataModule(test_points=20))
+    assert len(found) == len(DENSITIES)
+    for block, points in found:
+        assert points.shape == (20, 2)
+        assert block.interval == (1.0, 0.0)
+        assert block(points).shape == (20, 2)
+
+
+# -------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("make", [classifier, densities])
+def test_fixed_steps_are_exported_and_adaptive_ones_refused(make: Any, tmp_path: Path) -> None:
+    from zoo import exporting
+
+    model = make()
+    exported = exporting.export_module(model, tmp_path / "x.pt2", "torch-export")
+    assert exported.path.is_file()
+    model.solver = "dopri5"
+    with pytest.raises(ConfigError, match="chooses its steps while it runs"):
+        exporting.export_module(model, tmp_path / "y.pt2", "torch-export")
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def test_figures_of_every_task_are_drawn(run: training.Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from zoo import figures
+
+    drawn = figures._solvers(
+        checkpoints.load(run.checkpoint), run.checkpoint, figures.read_metrics(run.folder), tmp_path
+    )
+    assert (tmp_path / "evaluations.png") in drawn
+    drawn += figures._densities(densities(), tmp_path, {}, tmp_path)
+    assert len(drawn) >= 1 + len(DENSITIES)
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,459 @@
+"""Tests of zoo.tasks.recommendation, on a tiny recommender through the whole of the zoo."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torchmetrics.retrieval import RetrievalNormalizedDCG
+
+from tests import tiny
+from zoo import checkpoints, evaluation, training
+from zoo.data.ratings import RatingsDataModule
+from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError
+from zoo.families.dselect_k import (
+    MatrixFactorisationConfig,
+    RecommenderConfig,
+    RecommenderNet,
+)
+from zoo.tasks.recommendation import Catalogue, FactorisationRecommender, Recommender
+
+USERS, ITEMS = 24, 20
+"""Even users watch the first half of the items and odd ones the second; ratings go by the item."""
+
+
+def title(item: int) -> str:
+    return f"{'Comedy' if item < ITEMS // 2 else 'Thriller'} {item}"
+
+
+def write_ratings(folder: Path) -> Path:
+    generator = np.random.default_rng(0)
+    lines = ["user,item,rating,when,title"]
+    for user in range(USERS):
+        first = 0 if user % 2 == 0 else ITEMS // 2
+        rated = first + generator.permutation(ITEMS // 2)[:8]
+        lines += [
+            f"u{user},i{item},{1 + item % 5},{when},{title(item)}"
+            for when, item in enumerate(rated)
+        ]
+    path = folder / "ratings.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+NETWORK: dict[str, Any] = {
+    "num_users": USERS,
+    "num_items": ITEMS,
+    "embedding_dim": 8,
+    "num_experts": 4,
+    "expert_widths": [16],
+    "tower_widths": [8],
+    "dropout": 0.0,
+    "gate": {"kind": "dselect-k", "k": 2, "entropy": 0.01},
+}
+
+
+def write_recipe(folder: Path, **data: Any) -> Path:
+    values = {
+        "zoo": {"architecture": "dselect-k-recommender", "data": "ratings", "weight": ""},
+        "seed_everything": 1,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 40,
+            "enable_model_summary": False,
+            "log_every_n_steps": 20,
+        },
+        "model": {
+            "network": NETWORK,
+            "optimizer": {"name": "adamw", "lr": 0.02, "weight_decay": 0.0, "warmup_steps": 5},
+        },
+        "data": {
+            "path": str(write_ratings(folder)),
+            "time_column": "when",
+            "title_column": "title",
+            "batch_size": 128,
+            **data,
+        },
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> training.Run:
+    folder = tmp_path_factory.mktemp("recommender")
+    return training.fit(write_recipe(folder), out=folder / "run")
+
+
+@pytest.fixture
+def model(run: training.Run) -> Any:
+    """The trained recommender, as it is loaded from its folder."""
+    return checkpoints.load(run.checkpoint)
+
+
+@pytest.fixture
+def attached(run: training.Run, model: Any) -> Any:
+    model.attach(run.datamodule.ratings)
+    return model
+
+
+def untrained(**options: Any) -> Recommender:
+    network = RecommenderConfig(
+        num_users=3, num_items=4, embedding_dim=4, num_experts=4, expert_widths=(4,)
+    )
+    catalogue = Catalogue(
+        users=("1", "2", "3"),
+        items=("10", "11", "12", "13"),
+        titles=("Alien", "Aliens", "Babe", "Casino"),
+        scale=(1.0, 5.0),
+    )
+    return Recommender(network, preprocessing=catalogue, **options).eval()
+
+
+# --- training and checkpoints --------------------------------------------------------------------
+
+
+def test_the_two_tastes_are_learned(attached: Any) -> None:
+    for user in range(6):
+        wanted = "Comedy" if user % 2 == 0 else "Thriller"
+        best = attached.recommend(f"u{user}", k=5, exclude_seen=False)
+        assert [entry.title.split()[0] for entry in best] == [wanted] * 5
+    items = [f"i{item}" for item in range(ITEMS)]
+    own, other = (
+        [p.watch for p in attached.predict([("u0", item) for item in half])]
+        for half in (items[: ITEMS // 2], items[ITEMS // 2 :])
+    )
+    assert sum(own) > 3 * sum(other)
+    for item in (0, 3, 4):
+        (pair,) = attached.predict([("u0", f"i{item}")])
+        assert abs(pair.rating - (1 + item % 5)) < 0.7
+
+
+def test_the_folder_has_ids_and_titles_and_no_ratings(run: training.Run) -> None:
+    stored = json.loads((run.checkpoint / "config.json").read_text())["preprocessing"]
+    assert set(stored) == {"users", "items", "titles", "scale", "dataset"}
+    assert sorted(stored["users"]) == sorted(f"u{user}" for user in range(USERS))
+    assert stored["titles"][stored["items"].index("i3")] == "Comedy 3"
+
+
+def test_titles_of_a_known_set_are_not_stored(tmp_path: Path) -> None:
+    module = untrained()
+    data = RatingsDataModule(path=str(write_ratings(tmp_path)))
+    assert data.ratings.titles
+    data.path = None  # as if MovieLens had been read
+    module.config = RecommenderConfig(num_users=USERS, num_items=ITEMS)
+    module.bind(data)
+    assert module.catalogue.titles == ()
+    assert module.catalogue.dataset == "movielens-100k"
+    assert module.titles == data.ratings.titles, "at hand while the data are"
+
+
+def test_a_loaded_model_says_what_the_trained_one_says(run: training.Run, model: Any) -> None:
+    pairs = [("u1", "i2"), ("u5", "i19")]
+    assert model.predict(pairs) == run.module.predict(pairs)
+    assert not model.load_report.dropped
+    assert not model.load_report.initialised
+
+
+def test_evaluation_counts_every_user_once_on_each_protocol(run: training.Run) -> None:
+    evaluated = evaluation.evaluate(run.checkpoint)
+    assert [o.protocol for o in evaluated.outcomes] == ["ndcg", "recall", "rating"]
+    assert [o.metric for o in evaluated.outcomes] == ["ndcg@10", "recall@10", "squared_error"]
+    assert all((o.n, o.unit, o.split) == (USERS, "user", "test") for o in evaluated.outcomes)
+
+
+def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+    recipe, constant = write_recipe(tmp_path), "model.optimizer.schedule=constant"
+    two = [constant, "trainer.max_epochs=2"]
+    whole = training.fit(recipe, two, out=tmp_path / "whole")
+    training.fit(recipe, [constant, "trainer.max_epochs=1"], out=tmp_path / "parts")
+    parts = training.fit(recipe, two, out=tmp_path / "parts", resume=True)
+    for name, tensor in whole.module.network.state_dict().items():
+        assert torch.equal(tensor, parts.module.network.state_dict()[name]), name
+
+
+def test_the_loss_is_that_of_the_tasks_and_the_gates(run: training.Run) -> None:
+    module, data = run.module, run.datamodule
+    batch = data.pairs("validation")
+    output = module.network(batch.users, batch.items)
+    watch, rate = output.outputs.T
+    bce = F.binary_cross_entropy_with_logits(watch, batch.watched)
+    rated = batch.watched > 0
+    mse = (rate[rated] - batch.ratings[rated]).square().mean()
+    losses = module._losses(output.outputs, batch)
+    torch.testing.assert_close(losses["watch"].mean(), bce)
+    torch.testing.assert_close(losses["rate"].sum() / rated.sum(), mse)
+    assert not losses["rate"][~rated].any()
+    weighed = module._weigh({"watch": bce, "rate": mse})
+    torch.testing.assert_close(weighed, module.watch_weight * bce + (1 - module.watch_weight) * mse)
+
+
+# --- the protocols against other code ------------------------------------------------------------
+
+
+def test_ranking_is_that_of_torchmetrics_over_all_unrated_items(run: training.Run) -> None:
+    module, data = run.module, run.datamodule
+    scores, targets, users = [], [], []
+    for user, item in zip(*data.parts["test"][:2], strict=True):
+        earlier = {
+            int(i)
+            for part in ("train", "validation")
+            for u, i in zip(*data.parts[part][:2], strict=True)
+            if u == user
+        }
+        candidates = [i for i in range(ITEMS) if i not in earlier]
+        assert int(item) in candidates
+        with torch.no_grad():
+            outputs = module.network(
+                torch.full((len(candidates),), int(user)), torch.tensor(candidates)
+            ).outputs[:, 0]
+        scores.append(outputs)
+        targets.append(torch.tensor([i == int(item) for i in candidates]))
+        users.append(torch.full((len(candidates),), int(user)))
+    joined = [torch.cat(part) for part in (scores, targets, users)]
+    expected = RetrievalNormalizedDCG(top_k=10)(joined[0], joined[1], indexes=joined[2])
+    assert module.measure(data, "ndcg").value == pytest.approx(float(expected), abs=1e-6)
+    hits = []
+    for values, wanted in zip(scores, targets, strict=True):
+        above = int((values > values[wanted]).sum())
+        equal = int((values == values[wanted]).sum())
+        hits.append(min(max((10 - above) / equal, 0.0), 1.0))
+    assert module.measure(data, "recall").value == pytest.approx(sum(hits) / len(hits))
+
+
+def test_equal_scores_count_as_the_mean_over_their_orders(run: training.Run) -> None:
+    module = FactorisationRecommender(
+        MatrixFactorisationConfig(num_users=USERS, num_items=ITEMS, embedding_dim=0)
+    )
+    with torch.no_grad():
+        for parameter in module.network.parameters():
+            parameter.zero_()
+    # 20 items, 7 of which were rated earlier: all of the 13 others are as good.
+    best, worst = module.ranks(run.datamodule)
+    assert best.tolist() == [1] * USERS
+    assert worst.tolist() == [13] * USERS
+    ndcg = sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / 13
+    assert module.gains(run.datamodule, "ndcg").tolist() == pytest.approx([ndcg] * USERS)
+    assert module.gains(run.datamodule, "recall").tolist() == pytest.approx([10 / 13] * USERS)
+
+
+def test_pairs_are_measured_by_their_losses(tmp_path: Path) -> None:
+    data = RatingsDataModule(path=str(write_ratings(tmp_path)), split="pairs")
+    module = untrained()
+    module.network = RecommenderNet(RecommenderConfig(num_users=USERS, num_items=ITEMS)).eval()
+    module.preprocessing = Catalogue(
+        users=data.ratings.user_ids, items=data.ratings.item_ids, scale=(1.0, 5.0)
+    )
+    assert module.protocols_on(data) == ("pairs-watch", "pairs-rating")
+    test = data.parts["test"]
+    watch, rate = module.network(test.users, test.items).outputs.detach().double().T
+    p, y = watch.sigmoid().numpy(), test.watched.numpy()
+    expected = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
+    measured = module.measure(data, "pairs-watch")
+    assert measured.value == pytest.approx(expected, rel=1e-5)
+    assert measured.n == len(y)
+    rated = y > 0
+    squared = np.mean((rate.numpy()[rated] - test.ratings.numpy()[rated]) ** 2)
+    measured = module.measure(data, "pairs-rating")
+    assert measured.value == pytest.approx(squared, rel=1e-5)
+    assert measured.n == rated.sum()
+    with pytest.raises(ZooError, match=r"'ndcg' is not for data\.split=pairs; choose one"):
+        module.measure(data, "ndcg")
+
+
+# --- what a user holds in hand -------------------------------------------------------------------
+
+
+def test_what_was_seen_is_left_out_on_request(run: training.Run, attached: Any) -> None:
+    ratings = run.datamodule.ratings
+    user = ratings.user_ids.index("u0")
+    seen = {ratings.item_ids[i] for i in ratings.items[ratings.users == user]}
+    fresh = attached.recommend("u0", k=ITEMS)
+    assert {entry.item for entry in fresh} == set(ratings.item_ids) - seen
+    every = attached.recommend("u0", k=ITEMS, exclude_seen=False)
+    assert {entry.item for entry in every} == set(ratings.item_ids)
+    scores = [entry.score for entry in every]
+    assert scores == sorted(scores, reverse=True)
+    assert all(0 <= score <= 1 for score in scores)
+    assert all(1 <= entry.rating <= 5 for entry in every)
+
+
+def test_without_the_ratings_there_is_one_clear_line(model: Any) -> None:
+    with pytest.raises(DataError, match=r"not part of a checkpoint: attach.*exclude_seen=False"):
+        model.recommend("u0")
+    assert len(model.recommend("u0", k=3, exclude_seen=False)) == 3
+
+
+def test_someone_new_is_known_by_what_they_like(model: Any) -> None:
+    state = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    for word, items in (("Comedy", (1, 4, 7)), ("Thriller", (11, 14, 17))):
+        liked = [title(item) for item in items]
+        best = model.recommend(liked=liked, k=4)
+        assert [entry.title.split()[0] for entry in best] == [word] * 4
+        assert not {entry.title for entry in best} & set(liked)
+    again = model.recommend(liked=liked, k=4)
+    assert again == best, "nothing is drawn at random"
+    for name, tensor in model.network.state_dict().items():
+        assert torch.equal(tensor, state[name]), "the model is as it was"
+    assert all(parameter.grad is None for parameter in model.network.parameters())
+
+
+def test_the_command_lists_items(run: training.Run) -> None:
+    said = tiny.run("recommend", run.checkpoint, "--liked", "Comedy 1", "--k", 3, "--json")
+    assert said.status == 0
+    assert [set(entry) for entry in said.json] == [{"item", "title", "score", "rating"}] * 3
+    table = tiny.run("recommend", run.checkpoint, "--user", "u1", "--include-seen").out
+    assert len(table.splitlines()) == 1 + 10
+    assert "Thriller" in table
+    said = tiny.run("recommend", run.checkpoint, "--user", "nobody")
+    assert (said.status, len(said.err.splitlines())) == (2, 1)
+    assert "No user 'nobody'" in said.err
+
+
+def test_similar_items_are_by_the_cosine_of_their_vectors(model: Any) -> None:
+    found = model.similar_items("Comedy 3", k=5)
+    items = model.catalogue.items
+    vectors = model.network.items.weight.detach().double().numpy()
+    own = vectors[items.index("i3")]
+    cosines = {
+        name: float(v @ own / np.linalg.norm(v) / np.linalg.norm(own))
+        for name, v in zip(items, vectors, strict=True)
+        if name != "i3"
+    }
+    expected = sorted(cosines, key=lambda name: -cosines[name])[:5]
+    assert [entry.item for entry in found] == expected
+    for entry in found:
+        assert entry.similarity == pytest.approx(cosines[entry.item], abs=1e-5)
+
+
+def test_an_explanation_is_the_gate_of_each_task(model: Any) -> None:
+    explained = model.explain("u2", "Comedy 5")
+    weights = model.network.gate().weights[0]
+    (predicted,) = model.predict([("u2", "i5")])
+    for task, row, value in zip(
+        explained.tasks, weights, (predicted.watch, predicted.rating), strict=True
+    ):
+        assert task.value == pytest.approx(value)
+        assert sum(task.experts.values()) == pytest.approx(1)
+        assert all(weight == pytest.approx(float(row[i])) for i, weight in task.experts.items())
+        assert list(task.experts.values()) == sorted(task.experts.values(), reverse=True)
+        assert len(task.experts) == int((row > 0).sum())
+
+
+def test_items_are_found_by_id_title_or_a_part_that_fits_one() -> None:
+    module = untrained()
+    for given in ("12", 12, "Babe", "babe", "ab"):
+        assert module.catalogue.items[module._item(given)] == "12"
+    assert module._item("Alien") == 0, "a whole title goes before a part of one"
+
+
+def test_ratings_alone_are_ordered_by_the_rating() -> None:
+    network = RecommenderConfig(num_users=3, num_items=4, tasks=("rate",))
+    module = Recommender(network, preprocessing=untrained().catalogue).eval()
+    best = module.recommend("1", k=4, exclude_seen=False)
+    ratings = [entry.rating for entry in best if entry.rating is not None]
+    assert ratings == sorted(ratings, reverse=True)
+    (pair,) = module.predict([("1", "10")])
+    assert pair.watch is None
+    assert pair.rating is not None
+    assert math.isclose(best[-1].score, ratings[-1])
+
+
+def test_side_features_come_from_the_data(tmp_path: Path) -> None:
+    module = Recommender(
+        RecommenderConfig(num_users=USERS, num_items=ITEMS, item_features=2, user_features=0)
+    )
+    data = RatingsDataModule(path=str(write_ratings(tmp_path)))
+    with pytest.raises(ConfigError, match=r"0 features of each item.*item_features=0"):
+        module.bind(data)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.recommend("9"), UnknownNameError, "No user '9' among 3.*give `liked` titles"),
+        (lambda m: m.recommend("1", k=0), ConfigError, "k must be at least 1, got 0"),
+        (lambda m: m.recommend(), ConfigError, "needs a user or a list of liked items"),
+        (lambda m: m.recommend("1", liked=["10"]), ConfigError, "and not both"),
+        (lambda m: m.recommend(liked=[]), DataError, "at least one title or id"),
+        (lambda m: m.recommend(liked="Alien"), DataError, "must be a list"),
+        (
+            lambda m: m.recommend(liked=["Bambi"]),
+            UnknownNameError,
+            "No item 'Bambi' among 4.*'Babe'",
+        ),
+        (lambda m: m.predict([("1", "99")]), UnknownNameError, "No item '99' among 4"),
+        (lambda m: m.predict([]), DataError, "predict got no pairs"),
+        (
+            lambda m: m.similar_items("lie"),
+            UnknownNameError,
+            "fits 2 items: say 'Alien' or 'Aliens'",
+        ),
+        (lambda m: m.similar_items("10", k=0), ConfigError, "k must be at least 1"),
+        (lambda m: m.explain("1", ""), UnknownNameError, "No item ''"),
+        (lambda m: untrained(watch_weight=1.5), ConfigError, r"watch_weight must be in \[0, 1\]"),
+        (lambda m: Recommender().recommend("1"), ZooError, "train it first"),
+    ],
+)
+def test_bad_input_has_one_clear_line(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        call(untrained())
+    assert "\n" not in str(caught.value)
+
+
+def test_data_of_another_size_say_what_to_set(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(
+        ConfigError, match=f"have {USERS} users.*set model.network.num_users={USERS}"
+    ):
+        training.fit(recipe, ["model.network.num_users=5"], out=tmp_path / "run")
+
+
+def test_other_ratings_cannot_be_attached(tmp_path: Path) -> None:
+    data = RatingsDataModule(path=str(write_ratings(tmp_path)))
+    with pytest.raises(DataError, match=f"The data have {USERS} users and {ITEMS} items"):
+        untrained().attach(data.ratings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"users": []}, "users must be one or more different ids"),
+        ({"items": ["1", "1"]}, "items must be one or more different ids"),
+        ({"titles": ["a"]}, "1 titles do not fit 2 items"),
+        ({"scale": [5.0, 1.0]}, "lowest and a highest rating"),
+        ({"dataset": "netflix"}, "'netflix' is not one of"),
+        ({"histories": []}, "unknown key 'histories'"),
+    ],
+)
+def test_a_bad_catalogue_has_one_clear_line(changes: dict[str, Any], message: str) -> None:
+    from zoo.configs import build
+
+    values = {"users": ["1"], "items": ["1", "2"], "scale": [1.0, 5.0], **changes}
+    with pytest.raises(ConfigError, match=message):
+        build(Catalogue, values, "config.json")
+
+
+def test_a_factorisation_goes_through_the_same_doors(tmp_path: Path) -> None:
+    values = yaml.safe_load(write_recipe(tmp_path).read_text())
+    values["zoo"]["architecture"] = "factorisation-recommender"
+    values["model"]["network"] = {"num_users": USERS, "num_items": ITEMS, "embedding_dim": 4}
+    path = tmp_path / "mf.yaml"
+    path.write_text(yaml.safe_dump(values))
+    run = training.fit(path, ["trainer.max_epochs=30"], out=tmp_path / "run")
+    model: Any = checkpoints.load(run.checkpoint)
+    best = model.recommend("u0", k=2, exclude_seen=False)
+    assert [entry.title.split()[0] for entry in best] == ["Comedy", "Comedy"]
+    with pytest.raises(ZooError, match="no experts to explain by"):
+        model.explain("u0", "i0")

@@ -1,0 +1,162 @@
+"""Tests of zoo.exporting: what the file computes is what the model computes, for any batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from tests.hub import published
+from tests.tiny import run as run_command
+from tests.tiny_images import CLASSES, SIZE, TinyClassifier
+from zoo import cards, checkpoints, exporting, hub
+from zoo.data.images import ImagePreprocessing
+from zoo.errors import ConfigError, UnknownNameError, ZooError
+from zoo.exporting import FORMATS, ExportFormat
+from zoo.tasks.base import ZooModule
+from zoo.tasks.optimization import OptimizerConfig
+
+HAS_ONNX = all(importlib.util.find_spec(name) for name in exporting._NEEDED)
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs pip install 'zoo[export]'")
+EITHER = [pytest.param("torch-export"), pytest.param("onnx", marks=needs_onnx)]
+
+
+@pytest.fixture(scope="module")
+def weight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return published.write_weight(tmp_path_factory.mktemp("weight") / "tiny")
+
+
+@pytest.mark.parametrize("format", EITHER)
+def test_segments_in_a_row_are_the_whole_text(tmp_path: Path, format: ExportFormat) -> None:
+    """The state goes out of the file and into it again; three streams, fresh ones from zeros."""
+    module = published.module()
+    done = exporting.export_module(module, tmp_path / "x", format)
+    assert done.difference <= exporting.TOLERANCE
+    assert list(done.inputs) == ["tokens", "memory_0"]
+    assert done.outputs == ("logits", "new_memory_0")
+    segment = module.config.segment
+    tokens = torch.randint(256, (3, 3 * segment))
+    with torch.no_grad():
+        expected, _ = module.network(tokens)
+    memory = torch.zeros(3, *done.inputs["memory_0"])
+    found = []
+    for piece in tokens.split(segment, dim=1):
+        logits, memory = exporting.run(done.path, format, {"tokens": piece, "memory_0": memory})
+        found.append(logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", EITHER)
+def test_an_image_classifier_takes_pixels(tmp_path: Path, format: ExportFormat) -> None:
+    """Normalisation is in the file: it is given what `normalise` is given."""
+    preprocessing = ImagePreprocessing(
+        size=SIZE, channels=3, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7), classes=CLASSES
+    )
+    module = TinyClassifier(preprocessing=preprocessing).eval()
+    done = exporting.export_module(module, tmp_path / "x", format)
+    assert done.inputs == {"images": (3, *SIZE)}
+    images = torch.rand(5, 3, *SIZE)
+    (found,) = exporting.run(done.path, format, {"images": images})
+    with torch.no_grad():
+        expected = module.network(preprocessing.normalise(images))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", EITHER)
+def test_a_file_that_computes_something_else_is_not_kept(
+    tmp_path: Path, format: ExportFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(path: Any, format: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        return [tensor * 1.001 for tensor in right(path, format, inputs)]
+
+    right = exporting.run
+    monkeypatch.setattr(exporting, "run", wrong)
+    with pytest.raises(ZooError, match=r"differs from the model by 1\.0e-03 \(relative\)"):
+        exporting.export_module(published.module(), tmp_path / "x", format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_memory_that_begins_empty_cannot_be_exported(tmp_path: Path) -> None:
+    from zoo.tasks.language_modeling import LanguageModel
+
+    config = dataclasses.replace(published.module().config, memory="xl", memory_length=16)
+    with pytest.raises(ConfigError, match="a Transformer-XL memory begins empty"):
+        exporting.export_module(LanguageModel(network=config), tmp_path / "x", "torch-export")
+
+
+def test_a_model_without_memory(tmp_path: Path) -> None:
+    from zoo.tasks.language_modeling import LanguageModel
+
+    config = dataclasses.replace(published.module().config, memory="none")
+    done = exporting.export_module(LanguageModel(network=config), tmp_path / "x", "torch-export")
+    assert list(done.inputs) == ["tokens"]
+
+
+def test_what_the_card_declares_is_the_error(
+    tmp_path: Path, weight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = published.card(not_exported={"onnx": "no such operator"})
+    monkeypatch.setattr(hub, "resolve", lambda name, revision: hub.Located(weight, card))
+    with pytest.raises(ConfigError, match="cannot be exported to onnx: no such operator"):
+        exporting.export(published.NAME, tmp_path / "x", format="onnx")
+
+
+def test_the_command(tmp_path: Path, weight: Path) -> None:
+    out = tmp_path / "deep" / "x.pt2"
+    said = run_command("export", weight, "--out", out, "--json")
+    assert said.status == 0
+    assert said.json["path"] == str(out)
+    assert out.is_file()
+    for words, message in [
+        ([weight, "--format", "onxx"], "Unknown format 'onxx'. Did you mean 'onnx'"),
+        (["nothing"], "Unknown model 'nothing'"),
+    ]:
+        said = run_command("export", *words)
+        assert said.status == 2
+        assert message in said.err
+    with pytest.raises(UnknownNameError):
+        exporting.export(weight, format="tflite")  # type: ignore[arg-type]
+
+
+def test_every_weight_is_exported_or_says_why_not() -> None:
+    """Declarations name formats, with a reason; the slow test below exports all others."""
+    declared = [
+        (card.name, format, reason)
+        for card in cards.load_cards().values()
+        for format, reason in card.not_exported.items()
+    ]
+    for name, format, reason in declared:
+        assert format in FORMATS, name
+        assert len(reason) > 10, name
+
+
+@pytest.mark.slow
+@needs_onnx
+def test_all_pairs_are_exported_or_declared(tmp_path: Path) -> None:
+    exported, declared = [], []
+    for name in zoo.list_models():
+        folder, card = hub.resolve(name)
+        assert card is not None
+        for format in FORMATS:
+            if format in card.not_exported:
+                declared.append((name, format))
+                module = checkpoints.load(folder, files=card.files)
+                with pytest.raises(Exception):  # noqa: B017, PT011 - what is declared does fail
+                    exporting.export_module(module, tmp_path / "x", format)
+            else:
+                done = exporting.export(name, tmp_path / "x", format=format)
+                assert done.difference <= exporting.TOLERANCE, (name, format)
+                exported.append((name, format))
+    assert len(exported) + len(declared) == len(zoo.list_models()) * len(FORMATS)
+    assert exported
+
+
+def test_a_module_that_does_not_say_how(tmp_path: Path) -> None:
+    module = ZooModule(None, OptimizerConfig())
+    with pytest.raises(ConfigError, match="ZooModule does not say how it is exported"):
+        exporting.export_module(module, tmp_path / "x", "torch-export")

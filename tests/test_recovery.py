@@ -1,0 +1,73 @@
+"""Tests of zoo.recovery, on made values and on trainings of a few steps."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import SHRUNK, run
+from zoo import recovery
+from zoo.errors import ConfigError
+
+GATES = {"DSelect-k", "softmax (MMoE)", "Top-k", "Gumbel", "shared bottom", "single task"}
+
+
+def arm(gate: str, tasks: int, values: tuple[float, ...]) -> recovery.Arm:
+    return recovery.Arm(
+        gate=gate,
+        tasks=tasks,
+        seeds=tuple(range(len(values))),
+        values=dict.fromkeys(recovery.MEASURES, values),
+    )
+
+
+def test_every_gate_is_trained_for_every_number_of_tasks_and_kept(tmp_path: Path) -> None:
+    overrides = [*SHRUNK["dselect-k-recovery"], "data.steps=2"]
+    arms = recovery.run([2, 3], seeds=[1, 2], out=tmp_path, overrides=overrides)
+    assert {(a.gate, a.tasks) for a in arms} == {(gate, n) for gate in GATES for n in (2, 3)}
+    assert all(len(a.values[m]) == 2 for a in arms for m in recovery.MEASURES)
+    single = next(a for a in arms if a.gate == "single task")
+    assert single.values["active"] == (1.0, 1.0)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("outcome.json")}
+    assert len(kept) == 6 * 2 * 2
+    again = recovery.run([2, 3], seeds=[1, 2], out=tmp_path, overrides=overrides)
+    assert again == arms
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    words = ["--tasks", 2, 3, "--seeds", 1, 2, "--out", tmp_path, "--figure", tmp_path / "x.png"]
+    said = run("recovery", *overrides, *words)
+    assert said.status == 0
+    assert len(said.out.splitlines()) == 1 + 12
+    stored = json.loads((tmp_path / "recovery.json").read_text())
+    assert len(stored["arms"]) == 12
+    assert len(stored["dselect_k_less_top_k"]) == 2 * len(recovery.MEASURES)
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_true_experts_are_for_nets_of_as_many(tmp_path: Path) -> None:
+    overrides = [*SHRUNK["dselect-k-recovery"], "data.steps=2", "model.true_experts=true"]
+    arms = recovery.run([2], seeds=[1], out=tmp_path, overrides=overrides)
+    assert {a.gate for a in arms} == GATES - {"shared bottom", "single task"}
+
+
+def test_a_summary_is_the_mean_with_an_interval_that_holds_it() -> None:
+    values = (0.2, 0.4, 0.9)
+    summary = arm("x", 2, values).summary("error")
+    assert summary.mean == pytest.approx(statistics.fmean(values))
+    assert min(values) <= summary.interval[0] < summary.mean < summary.interval[1] <= max(values)
+    assert recovery.summarise([0.5, 0.5]).interval == (0.5, 0.5)
+
+
+def test_differences_are_paired_over_seeds() -> None:
+    arms = [arm("DSelect-k", 2, (1.0, 5.0)), arm("Top-k", 2, (0.5, 4.5)), arm("Gumbel", 2, (0, 0))]
+    found = recovery.differences(arms)
+    assert [d.measure for d in found] == list(recovery.MEASURES)
+    assert all(d.difference == recovery.Summary(mean=0.5, interval=(0.5, 0.5)) for d in found)
+
+
+@pytest.mark.parametrize(("tasks", "seeds"), [([], [1]), ([8], [])])
+def test_nothing_to_do_has_one_clear_line(tasks: list[int], seeds: list[int]) -> None:
+    with pytest.raises(ConfigError, match="at least one number of tasks and one seed"):
+        recovery.run(tasks, seeds=seeds)

@@ -1,0 +1,221 @@
+"""Do gates find the experts that the tasks were made of, and what becomes of it with more tasks?
+
+Every gate is trained on the same synthetic tasks, with each seed, for several numbers of tasks. The
+recipes are those under `recipes/controls/dselect-k-recovery.synthetic`. Runs that are finished are
+kept, so the command can be interrupted and repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo import controls, evaluation, training
+from zoo.errors import ConfigError, ZooError
+from zoo.files import read_json, write_json
+from zoo.progress import track
+
+__all__ = [
+    "NAME",
+    "Arm",
+    "Difference",
+    "Summary",
+    "differences",
+    "draw",
+    "run",
+    "summarise",
+    "write",
+]
+
+NAME = "dselect-k-recovery.synthetic"
+MEASURES = ("error", "recovery", "active", "wall_minutes")
+"""What is kept of a run: test error, Jaccard index, active experts, and time."""
+
+_OUTCOME = "outcome.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Mean over seeds with a 95 % interval (percentile bootstrap over seeds)."""
+
+    mean: float
+    interval: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """All runs of one gate at one number of tasks."""
+
+    gate: str
+    tasks: int
+    seeds: tuple[int, ...]
+    values: dict[str, tuple[float, ...]]
+    """Measure -> value of each seed."""
+
+    def summary(self, measure: str) -> Summary:
+        """Mean and interval of one of `MEASURES`."""
+        return summarise(self.values[measure])
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Mean of values, one per seed, with an interval."""
+    import torch
+
+    sums = torch.tensor(values, dtype=torch.float64)
+    interval = evaluation.bootstrap_interval(sums, torch.ones(len(values), dtype=torch.int64))
+    return Summary(mean=float(sums.mean()), interval=interval)
+
+
+def run(
+    tasks: Sequence[int] = (8, 32, 128),
+    *,
+    seeds: Sequence[int] = (1, 2, 3, 4, 5),
+    out: str | os.PathLike[str] = "runs/recovery",
+    overrides: Sequence[str] = (),
+) -> list[Arm]:
+    """Train what is missing, and return all runs by gate and number of tasks.
+
+    Args:
+        tasks: numbers of tasks.
+        seeds: of the data and the training.
+        out: folder of the runs.
+        overrides: `section.key=value`, applied to every gate alike. With `model.true_experts=true`
+            the gates alone are trained, and nets of fewer or more experts are left out.
+
+    Raises:
+        ConfigError: there is no number of tasks or no seed.
+        ZooError: a run is not possible.
+    """
+    if not tasks or not seeds:
+        raise ConfigError("recovery needs at least one number of tasks and one seed.")
+    jobs = [
+        (path, count, seed)
+        for seed in seeds
+        for count in tasks
+        for path in controls.find_recipes(NAME)
+    ]
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for path, count, seed in track(jobs, "recovery"):
+        folder = Path(out) / f"tasks_{count}" / path.stem / f"seed_{seed}"
+        changes = [
+            *overrides,
+            f"data.tasks={count}",
+            f"model.network.num_tasks={count}",
+            f"seed_everything={seed}",
+            f"data.seed={seed}",
+        ]
+        recipe = training.read_recipe(path, changes)
+        if recipe.options["model"]["network"]["gate"]["kind"] == "fixed":
+            recipe.options["model"]["network"]["num_experts"] = count  # one for each task
+        model = recipe.options["model"]
+        as_many = model["network"]["num_experts"] == recipe.options["data"]["experts"]
+        if as_many or not model["true_experts"]:
+            found.setdefault((recipe.name, count), []).append(_train(recipe, folder))
+    return [
+        Arm(
+            gate=gate,
+            tasks=count,
+            seeds=tuple(seeds),
+            values={name: tuple(result[name] for result in results) for name in MEASURES},
+        )
+        for (gate, count), results in found.items()
+    ]
+
+
+def _train(recipe: training.Recipe, folder: Path) -> dict[str, float]:
+    path = folder / _OUTCOME
+    if not path.is_file():
+        done = training.fit(recipe, out=folder, resume=True)
+        values = {
+            protocol: done.module.measure(done.datamodule, protocol).value
+            for protocol in done.module.protocols
+        }
+        write_json(path, {**values, "wall_minutes": done.wall_minutes})
+    stored: dict[str, float] = read_json(path)
+    return stored
+
+
+def write(arms: Sequence[Arm], path: str | os.PathLike[str]) -> None:
+    """Keep all values, and DSelect-k less Top-k paired over seeds, as JSON."""
+    write_json(
+        Path(path),
+        {
+            "arms": [dataclasses.asdict(arm) for arm in arms],
+            "dselect_k_less_top_k": [dataclasses.asdict(d) for d in differences(arms)],
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """DSelect-k less Top-k at one number of tasks, paired over seeds."""
+
+    tasks: int
+    measure: str
+    difference: Summary
+
+
+def differences(arms: Sequence[Arm]) -> list[Difference]:
+    """DSelect-k less Top-k, for each number of tasks and measure."""
+    by_key = {(arm.gate, arm.tasks): arm for arm in arms}
+    return [
+        Difference(
+            tasks=arm.tasks,
+            measure=measure,
+            difference=summarise(
+                [
+                    ours - theirs
+                    for ours, theirs in zip(
+                        arm.values[measure],
+                        by_key["Top-k", arm.tasks].values[measure],
+                        strict=True,
+                    )
+                ]
+            ),
+        )
+        for arm in arms
+        if arm.gate == "DSelect-k" and ("Top-k", arm.tasks) in by_key
+        for measure in MEASURES
+    ]
+
+
+def draw(arms: Sequence[Arm], path: str | os.PathLike[str]) -> Path:
+    """Error and recovery against the number of tasks, a line for each gate.
+
+    Raises:
+        ZooError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ZooError("Figures need matplotlib: pip install 'zoo[figures]'.") from None
+    figure = Figure(figsize=(9.0, 3.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    gates = list(dict.fromkeys(arm.gate for arm in arms))
+    for axes, measure, label in zip(
+        panels,
+        ("error", "recovery"),
+        ("squared error on noise-free answers", "Jaccard index of supports"),
+        strict=True,
+    ):
+        axes.spines[["top", "right"]].set_visible(False)
+        for gate in gates:
+            own = sorted((arm for arm in arms if arm.gate == gate), key=lambda arm: arm.tasks)
+            summaries = [arm.summary(measure) for arm in own]
+            means = [summary.mean for summary in summaries]
+            spread: Any = [
+                [max(s.mean - s.interval[0], 0.0) for s in summaries],
+                [max(s.interval[1] - s.mean, 0.0) for s in summaries],
+            ]
+            axes.errorbar([arm.tasks for arm in own], means, spread, marker="o", label=gate)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="tasks", ylabel=label)
+    panels[0].set_yscale("log")
+    panels[1].legend(frameon=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return path

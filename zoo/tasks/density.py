@@ -1,0 +1,234 @@
+"""Density estimation by normalising flows: training, log-densities, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.data.densities import DENSITIES, DensityBatch, DensityDataModule
+from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError, nearest
+from zoo.families.continuous_depth import ODEBlock
+from zoo.families.continuous_depth.flows import (
+    ContinuousFlow,
+    CouplingFlow,
+    FlowConfig,
+    build_flow,
+)
+from zoo.progress import track
+from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
+from zoo.tasks.continuous_depth import TaskSolverKnob
+from zoo.tasks.optimization import OptimizerConfig
+
+__all__ = ["DensityModel"]
+
+_BATCH = 5_000
+_DIAGNOSED = 64
+_ALL = "all"
+
+
+class DensityModel(TaskSolverKnob, ZooModule):
+    """A flow that knows several two-dimensional densities.
+
+    Args:
+        network: shape of the flow, with one condition for each of `DENSITIES`.
+        optimizer: how it is trained.
+        compile: compile the flow for training.
+
+    Raises:
+        ConfigError: the network is for another number of densities or dimensions.
+    """
+
+    network_config: ClassVar[type[Any]] = FlowConfig
+    head_parameters: ClassVar[tuple[str, ...]] = ("flow.field.out.weight", "flow.field.out.bias")
+    protocols: ClassVar[dict[str, str]] = {
+        _ALL: "mean negative log-likelihood of the test points of all densities, each counted once",
+        **{name: f"the same for {name} alone" for name in DENSITIES},
+    }
+
+    refinement_tolerance: ClassVar[float] = 0.005
+
+    network: ContinuousFlow | CouplingFlow
+
+    def __init__(
+        self,
+        network: FlowConfig = FlowConfig(conditions=len(DENSITIES)),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        compile: bool = False,
+    ) -> None:
+        super().__init__(network, optimizer, compile)
+        if network.conditions != len(DENSITIES) or network.dim != 2:
+            raise ConfigError(
+                f"the flow is for {network.conditions} densities in {network.dim} dimensions, but "
+                f"there are {len(DENSITIES)} in 2: set model.network.conditions={len(DENSITIES)}"
+            )
+        self.network = build_flow(network)
+
+    def _condition(self, which: Tensor) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+        return F.one_hot(which, len(DENSITIES)).to(self.device, dtype)
+
+    def training_step(self, batch: DensityBatch, batch_idx: int) -> Tensor:
+        """Mean negative log-likelihood, nats."""
+        loss = -self.network.log_prob(batch.points, self._condition(batch.which)).mean()
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: DensityBatch, batch_idx: int) -> None:
+        loss = -self.network.log_prob(batch.points, self._condition(batch.which)).mean()
+        self.log("val_loss", loss, batch_size=len(batch.points))
+
+    def samples(self, batch: DensityBatch) -> int:
+        return len(batch.points)
+
+    def macs(self, batch: DensityBatch) -> int:
+        """Multiply-accumulates per point of drawing it."""
+        return count_macs(
+            _Transform(self.network), batch.points[:1], self._condition(batch.which[:1])
+        )
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Points B x 2, and B x K ones and zeros that say which density they are of, in;
+        log-densities out. Solvers of fixed steps only.
+
+        Raises:
+            ConfigError: the solver chooses its steps while it runs.
+        """
+        if self.config.kind == "continuous":
+            self.check_exportable()
+        which = torch.arange(batch) % len(DENSITIES)
+        return Exportable(
+            network=_LogDensity(self.network),
+            inputs={
+                "points": torch.randn(batch, 2, generator=generator),
+                "condition": self._condition(which),
+            },
+            outputs=("log_density",),
+        )
+
+    @torch.no_grad()
+    def measure(self, datamodule: DensityDataModule, protocol: str) -> Measurement:  # type: ignore[override]
+        """Mean negative log-likelihood in nats; sampling units are points.
+
+        Raises:
+            ZooError: there is no such protocol.
+        """
+        if protocol not in self.protocols:
+            raise ZooError(
+                f"Unknown protocol {protocol!r}; choose one of {', '.join(self.protocols)}."
+            )
+        names = list(DENSITIES) if protocol == _ALL else [protocol]
+        sums = torch.cat(
+            [
+                -self._log_density(datamodule.test_set(name), name)
+                for name in track(names, "densities", len(names))
+            ]
+        )
+        expected = len(names) * datamodule.test_points
+        if len(sums) != expected:
+            raise AssertionError(f"counted {len(sums)} points of {expected}")
+        return Measurement(
+            metric="negative_log_likelihood",
+            unit="point",
+            sums=sums,
+            counts=torch.ones(len(sums), dtype=torch.int64),
+            split="test",
+        )
+
+    @torch.no_grad()
+    def block_states(self, datamodule: DensityDataModule) -> list[tuple[ODEBlock, Tensor]]:  # type: ignore[override]
+        assert isinstance(self.network, ContinuousFlow)
+        found = []
+        for index, name in enumerate(DENSITIES):
+            points = datamodule.test_set(name)[:_DIAGNOSED].to(self.device)
+            found.append(
+                self.network.points_alone(
+                    points, self._condition(torch.full((len(points),), index))
+                )
+            )
+        return found
+
+    def _log_density(self, points: Tensor, name: str) -> Tensor:
+        parts = []
+        for part in torch.split(points, _BATCH):
+            which = torch.full((len(part),), list(DENSITIES).index(name))
+            parts.append(self.network.log_prob(part.to(self.device), self._condition(which)))
+        return torch.cat(parts).double().cpu()
+
+    @torch.no_grad()
+    def predict(self, points: Sequence[Sequence[float]] | Tensor, density: str = "moons") -> Tensor:
+        """Natural logarithm of a density at points, N float64.
+
+        Args:
+            points: N x 2.
+            density: one of `zoo.data.densities.DENSITIES`.
+
+        Raises:
+            DataError: the points are not N x 2 finite numbers.
+            UnknownNameError: the flow knows no such density.
+        """
+        _check_name(density)
+        x = torch.as_tensor(points, dtype=torch.float32)
+        if x.ndim != 2 or x.shape[1] != 2 or not len(x):
+            raise DataError(f"Expected points as N x 2, got shape {tuple(x.shape)}.")
+        if not torch.isfinite(x).all():
+            raise DataError("Points must be finite.")
+        return self._log_density(x, density)
+
+    @torch.no_grad()
+    def sample(self, density: str, n: int, *, seed: int | None = None) -> Tensor:
+        """Points drawn from a density, n x 2.
+
+        Args:
+            density: one of `zoo.data.densities.DENSITIES`.
+            n: how many.
+            seed: makes them repeatable.
+
+        Raises:
+            UnknownNameError: the flow knows no such density.
+            ZooError: `n` is not positive.
+        """
+        _check_name(density)
+        if n < 1:
+            raise ZooError(f"n must be at least 1, got {n}.")
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        base = torch.randn(n, 2, generator=generator).to(self.device)
+        which = torch.full((n,), list(DENSITIES).index(density))
+        return self.network.transform(base, self._condition(which)).cpu()
+
+
+class _Transform(torch.nn.Module):
+    """`transform` as a forward pass, to be counted."""
+
+    def __init__(self, network: ContinuousFlow | CouplingFlow) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        return self.network.transform(z, condition)
+
+
+class _LogDensity(torch.nn.Module):
+    """`log_prob` with a tuple for its result, as exported programs have it."""
+
+    def __init__(self, network: ContinuousFlow | CouplingFlow) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, points: Tensor, condition: Tensor) -> tuple[Tensor]:
+        return (self.network.log_prob(points, condition),)
+
+
+def _check_name(density: str) -> None:
+    if density not in DENSITIES:
+        raise UnknownNameError(
+            f"No density {density!r}.{nearest(density, DENSITIES)} "
+            f"The flow knows: {', '.join(DENSITIES)}."
+        )

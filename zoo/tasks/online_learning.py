@@ -1,0 +1,362 @@
+"""Learning a stream of images once: predict, learn in place, measure, and fit by a stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zoo.cards import pretrained_folder
+from zoo.configs import build, to_json
+from zoo.data.images import ImagePreprocessing
+from zoo.data.streams import StreamBatch, StreamDataModule, StreamRecord, cached_encodings
+from zoo.errors import ConfigError, DataError, ZooError
+from zoo.families.online_ensemble import OnlineNetwork, OnlineNetworkConfig
+from zoo.files import WEIGHTS_FILE, format_json
+from zoo.progress import track
+from zoo.tasks.base import Measurement, ZooModule, count_macs
+from zoo.tasks.image_classification import ImagePrediction, images_of
+from zoo.tasks.optimization import OptimizerConfig
+
+__all__ = ["OnlineClassifier"]
+
+_BATCH = 200
+
+
+class OnlineClassifier(ZooModule):
+    """Classifies images by what it has learned of a stream of them, and goes on learning.
+
+    Args:
+        network: the frozen encoder and the learner.
+        optimizer: not used; the learner has its own rule.
+        preprocessing: size, channels and class names of the images; None: those of the first data.
+        encoder_weights: where a new stream takes its encoder from: a checkpoint folder, or the name
+            of a bundled weight; None: the encoder stays as it is.
+        compile: not used; one pass is too short for it.
+
+    Raises:
+        ConfigError: the images do not fit the encoder.
+    """
+
+    network_config: ClassVar[type[Any]] = OnlineNetworkConfig
+    preprocessing_config: ClassVar[type[Any] | None] = ImagePreprocessing
+    protocols: ClassVar[dict[str, str]] = {
+        "test": "share of the test images of all classes whose best score is that of the right "
+        "class, each counted once"
+    }
+
+    network: OnlineNetwork
+    preprocessing: ImagePreprocessing | None
+
+    def __init__(
+        self,
+        network: OnlineNetworkConfig = OnlineNetworkConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        preprocessing: ImagePreprocessing | None = None,
+        encoder_weights: str | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(network, optimizer, compile=False)
+        self.automatic_optimization = False
+        if preprocessing is not None:
+            self._check_fit(network, preprocessing)
+        self.network = OnlineNetwork(network)
+        self.preprocessing, self.encoder_weights = preprocessing, encoder_weights
+        self.record: StreamRecord | None = None
+        self._encodings: Tensor | None = None
+        self._test_encodings: Tensor | None = None
+
+    @property
+    def config(self) -> OnlineNetworkConfig:
+        """The network's arguments, with as many classes as it has room for now."""
+        network = getattr(self, "network", None)
+        return self._config if network is None else network.current_config
+
+    @config.setter
+    def config(self, value: OnlineNetworkConfig) -> None:
+        self._config = value
+
+    @staticmethod
+    def _check_fit(network: OnlineNetworkConfig, preprocessing: ImagePreprocessing) -> None:
+        shape, expected = (preprocessing.channels, *preprocessing.size), network.encoder.input_shape
+        if shape != expected:
+            raise ConfigError(
+                f"The images are {' x '.join(map(str, shape))} (channels, height, width), but the "
+                f"encoder takes {' x '.join(map(str, expected))}."
+            )
+
+    # -------------------------------------------------------------------- usage
+
+    @torch.no_grad()
+    def learn(self, images: Any, labels: Any) -> None:
+        """Learn one batch of a stream, in place; new classes may come at any time.
+
+        What is wrong with a batch is found before anything of it is learned.
+
+        Args:
+            images: one or a list of paths, PIL images, arrays or tensors; see `predict`.
+            labels: class of each, integers from 0 on.
+
+        Raises:
+            DataError: the batch is empty, an image or a label is no such thing, or a class is
+                beyond a fixed head.
+        """
+        inputs = self._images(images)
+        try:
+            given = torch.as_tensor(labels).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(
+                f"Labels must be integers, got {labels!r:.60} ({type(labels).__name__})."
+            ) from None
+        encodings = [self._encode(part) for part in torch.split(inputs, _BATCH)]
+        try:
+            self.network.learner.learn(torch.cat(encodings), given.to(self.device))
+        except ValueError as error:
+            raise DataError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
+        self._name_classes()
+
+    @torch.no_grad()
+    def predict(self, images: Any, *, top_k: int = 5) -> list[ImagePrediction]:
+        """Name what is in images, with probabilities.
+
+        Args:
+            images: one or a list of: paths of pictures and PIL images, which are brought to the
+                model's size and colours; arrays H x W x C or H x W and tensors C x H x W or H x W,
+                uint8 or floating point from 0 to 1, of the model's size. An array or tensor of one
+                dimension more is a batch.
+            top_k: number of classes to name, at most all that were seen.
+
+        Raises:
+            ConfigError: `top_k` is not positive.
+            DataError: an image is no such thing, or nothing has been learned yet.
+        """
+        if top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {top_k}")
+        names = self._known_preprocessing().classes
+        k = min(top_k, int(self.network.learner.seen.sum()))
+        predictions = []
+        for part in torch.split(self._images(images), _BATCH):
+            scores = self._scores(self._encode(part))
+            order = scores.topk(max(k, 1)).indices
+            chances = self.network.probabilities(scores).gather(1, order)
+            for row, values in zip(order.tolist(), chances.tolist(), strict=True):
+                predictions.append(
+                    ImagePrediction(
+                        classes=tuple(names[i] for i in row), probabilities=tuple(values)
+                    )
+                )
+        return predictions
+
+    def _known_preprocessing(self) -> ImagePreprocessing:
+        if self.preprocessing is None:
+            encoder = self.network.config.encoder
+            self.preprocessing = ImagePreprocessing(
+                size=(encoder.image_size, encoder.image_size),
+                channels=3 if encoder.channels == 3 else 1,
+                mean=(0.0,) * encoder.channels,
+                std=(1.0,) * encoder.channels,
+                classes=("class 0", "class 1"),
+            )
+        return self.preprocessing
+
+    def _name_classes(self) -> None:
+        """Classes beyond those that have names get their number for one."""
+        known = self._known_preprocessing()
+        extra = range(len(known.classes), self.network.learner.num_classes)
+        if extra:
+            names = (*known.classes, *(f"class {index}" for index in extra))
+            self.preprocessing = dataclasses.replace(known, classes=names)
+
+    def _images(self, images: Any) -> Tensor:
+        """Checked images in [0, 1], B x C x H x W."""
+        preprocessing = self._known_preprocessing()
+        single = isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence)
+        if tuple(getattr(images, "shape", (1,)))[:1] == (0,):
+            raise DataError("There are no images; the batch is empty.")
+        found = [
+            preprocessing.normalise(checked)
+            for image in ([images] if single else images)
+            for checked in images_of(image, preprocessing)
+        ]
+        if not found:
+            raise DataError("There are no images; the batch is empty.")
+        return torch.stack(found)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.network.forward_features(images.to(self.device, self._precision))
+
+    @property
+    def _precision(self) -> torch.dtype:
+        return next((p.dtype for p in self.network.encoder.parameters()), torch.float32)
+
+    def _scores(self, encodings: Tensor) -> Tensor:
+        try:
+            return self.network.forward_head(encodings)
+        except ValueError as error:
+            raise DataError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
+
+    # ----------------------------------------------------------------- training
+
+    def bind(self, datamodule: StreamDataModule) -> None:
+        """Agree with a data module on the images; names of classes that are known stay.
+
+        Raises:
+            ConfigError: the images do not fit the encoder.
+        """
+        data = datamodule.preprocessing
+        self._check_fit(self.network.config, data)
+        self.preprocessing = data
+
+    def configure_optimizers(self) -> None:
+        """None: the learner updates itself."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.encoder_weights is not None:
+            self.load_encoder(self.encoder_weights)
+        if not isinstance(datamodule, StreamDataModule):
+            return
+        self.bind(datamodule)
+        tasks = datamodule.stream.task_classes
+        self.record = StreamRecord(len(datamodule.preprocessing.classes), tasks)
+        self._encodings = self._all_encodings(datamodule.train_images, "training images")
+        self._test_encodings = self._all_encodings(datamodule.test_images, "test images")
+
+    def load_encoder(self, name: str | os.PathLike[str]) -> None:
+        """Take the encoder of a checkpoint folder, or of a weight that is bundled.
+
+        Raises:
+            ZooError: there is no such folder, or its encoder is another one.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = pretrained_folder(str(name))
+        path = folder / WEIGHTS_FILE
+        if not path.is_file():
+            raise ZooError(
+                f"No encoder weights at {name!r}: neither a folder nor a bundled weight."
+            )
+        prefix = "encoder."
+        try:
+            stored = load_file(path)
+            tensors = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in stored.items()
+                if key.startswith(prefix)
+            }
+            self.network.encoder.load_state_dict(tensors)
+        except (SafetensorError, RuntimeError) as error:
+            raise ZooError(f"{path} has no encoder of this kind: {str(error)[:200]}") from None
+
+    def _all_encodings(self, images: Tensor, what: str) -> Tensor:
+        digest = hashlib.sha256(format_json(to_json(self.network.config.encoder)))
+        for tensor in self.network.encoder.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        encode = lambda part: self._encode(part).float().cpu()  # noqa: E731
+        return cached_encodings(images, encode, digest.hexdigest(), what)
+
+    def training_step(self, batch: StreamBatch, batch_idx: int) -> Tensor:
+        """Learn a batch; measure at the end of a task, of which the learner is not told.
+
+        Returns:
+            Zero, for those who expect a loss; there is nothing left to be done with it.
+        """
+        if self._encodings is None:
+            encodings = self._encode(batch.images / 255)
+        else:
+            encodings = self._encodings[batch.rows].to(self.device)
+        self.network.learner.learn(encodings, batch.labels.to(self.device))
+        done = torch.zeros((), requires_grad=True)
+        if self._trainer is None:
+            return done
+        # Lightning counts the steps of optimizers, and there is none.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.total.completed += 1
+        if batch.ended is not None and self._test_encodings is not None and self.record is not None:
+            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+            seen = torch.zeros(self.record.num_classes, dtype=torch.bool)
+            seen[: self.network.learner.num_classes] = self.network.learner.seen.cpu()
+            self.record.add(
+                self._classify(self._test_encodings), datamodule.test_labels, seen, batch.ended
+            )
+            accuracy = self.record.final_accuracy
+            self.log("val_accuracy", accuracy, prog_bar=True)
+        return done
+
+    def on_train_end(self) -> None:
+        if self.record is not None and self.trainer.logger is not None:
+            self.trainer.logger.log_metrics(
+                {f"stream_{name}": value for name, value in self.record.summary().items()},
+                step=self.trainer.global_step,
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._name_classes()
+        super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "zoo_preprocessing" in checkpoint:
+            values = checkpoint["zoo_preprocessing"]
+            self.preprocessing = build(ImagePreprocessing, values, "training checkpoint")
+
+    # --------------------------------------------------------------- evaluation
+
+    def samples(self, batch: StreamBatch) -> int:
+        return len(batch.labels)
+
+    def macs(self, batch: StreamBatch) -> int:
+        """Multiply-accumulates of a forward pass per image, encoder included."""
+        return count_macs(self.network, batch.images[:1] / 255)
+
+    def _classify(self, encodings: Tensor) -> Tensor:
+        """Predicted classes, on the CPU."""
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    self._scores(part.to(self.device)).argmax(1).cpu()
+                    for part in torch.split(encodings, _BATCH)
+                ]
+            )
+
+    @torch.no_grad()
+    def measure(self, datamodule: StreamDataModule, protocol: str) -> Measurement:  # type: ignore[override]
+        """Accuracy on the test images of all classes, from 0 to 1; sampling units are images.
+
+        Raises:
+            ZooError: there is no such protocol, or the data have other classes.
+        """
+        if protocol not in self.protocols:
+            raise ZooError(
+                f"Unknown protocol {protocol!r}; choose one of {', '.join(self.protocols)}."
+            )
+        datamodule.setup("test")
+        known, data = self._known_preprocessing(), datamodule.preprocessing
+        if data.classes != known.classes[: len(data.classes)]:
+            raise DataError("The classes of the data are not those of the model.")
+        self._check_fit(self.network.config, data)
+        images, labels = datamodule.test_images, datamodule.test_labels
+        parts = torch.split(images, _BATCH)
+        predicted = torch.cat(
+            [self._classify(self._encode(part / 255)) for part in track(parts, "images")]
+        )
+        if len(predicted) != len(labels):
+            raise AssertionError(f"counted {len(predicted)} images of {len(labels)}")
+        return Measurement(
+            metric="accuracy",
+            unit="image",
+            sums=(predicted == labels).double(),
+            counts=torch.ones_like(labels),
+            kind="proportion",
+            split="test",
+        )

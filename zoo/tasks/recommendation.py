@@ -1,0 +1,714 @@
+"""Recommendation with several tasks: who watches what, and how they rate it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from zoo.data.ratings import (
+    RATING_SETS,
+    RatingBatch,
+    Ratings,
+    RatingsDataModule,
+    have_movielens,
+    load_movielens,
+)
+from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError, nearest
+from zoo.families.dselect_k import (
+    MatrixFactorisation,
+    MatrixFactorisationConfig,
+    MultiTaskNet,
+    RecommenderConfig,
+    RecommenderNet,
+)
+from zoo.progress import track
+from zoo.tasks.base import Exportable, Measurement, count_macs
+from zoo.tasks.mixtures import MixtureModule
+from zoo.tasks.optimization import OptimizerConfig
+
+__all__ = [
+    "Catalogue",
+    "Explanation",
+    "FactorisationRecommender",
+    "PairPrediction",
+    "Recommendation",
+    "Recommender",
+    "SimilarItem",
+    "TaskExplanation",
+]
+
+_TOP = 10
+_BATCH = 16_384
+_FOLD_IN_STEPS = 100
+_FOLD_IN_RATE = 0.05
+_FOLD_IN_DECAY = 1e-2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """The users and items that a recommender knows, kept in its `config.json`.
+
+    Raises:
+        ValueError: an id is there twice, the titles do not fit, or the scale is upside down.
+    """
+
+    users: tuple[str, ...]
+    """Id of each user, in the order of the network's table."""
+    items: tuple[str, ...]
+    """Id of each item, likewise."""
+    scale: tuple[float, float]
+    """Lowest and highest rating."""
+    titles: tuple[str, ...] = ()
+    """Title of each item; empty where titles must not be passed on."""
+    dataset: str = ""
+    """A known set to look titles and histories up in, where this machine has it."""
+
+    def __post_init__(self) -> None:
+        for name in ("users", "items"):
+            ids = getattr(self, name)
+            if not ids or len(set(ids)) < len(ids):
+                raise ValueError(f"{name} must be one or more different ids")
+        if self.titles and len(self.titles) != len(self.items):
+            raise ValueError(f"{len(self.titles)} titles do not fit {len(self.items)} items")
+        if not self.scale[0] < self.scale[1]:
+            raise ValueError(f"scale must be a lowest and a highest rating, got {self.scale}")
+        if self.dataset and self.dataset not in RATING_SETS:
+            raise ValueError(f"dataset {self.dataset!r} is not one of {', '.join(RATING_SETS)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairPrediction:
+    """What is expected of a user and an item."""
+
+    user: str
+    item: str
+    title: str
+    watch: float | None
+    """Score of watching, from 0 to 1: comparable between items, and no calibrated probability,
+    since unrated items were drawn for training; None for a model without this task."""
+    rating: float | None
+    """Expected rating, within the scale; None for a model without this task."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """One item of a list, best first."""
+
+    item: str
+    title: str
+    score: float
+    """What the list is ordered by: the score of watching, or else the expected rating."""
+    rating: float | None
+    """Expected rating, within the scale."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimilarItem:
+    """An item whose vector points the same way."""
+
+    item: str
+    title: str
+    similarity: float
+    """Cosine of the angle between the two vectors, from -1 to 1."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskExplanation:
+    """How one task's answer came about."""
+
+    task: str
+    value: float
+    """Score of watching from 0 to 1, or expected rating."""
+    experts: dict[int, float]
+    """Experts that were used, with their weights, heaviest first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """How the answers on a user and an item came about."""
+
+    user: str
+    item: str
+    title: str
+    tasks: tuple[TaskExplanation, ...]
+
+
+class Recommender(MixtureModule):
+    """A recommender with shared experts: one task is watching, the other rating.
+
+    The loss is a * (cross-entropy of watching) + (1 - a) * (squared error of the rating, where
+    there is one) + what the gates add.
+
+    Args:
+        network: shape of the network.
+        optimizer: how it is trained.
+        preprocessing: users and items; None: those of the data that it is trained on.
+        watch_weight: a, in [0, 1].
+        compile: compile the network's blocks for training.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    network_config: ClassVar[type[Any]] = RecommenderConfig
+    preprocessing_config: ClassVar[type[Any] | None] = Catalogue
+    head_parameters: ClassVar[tuple[str, ...]] = ("towers.head.weight", "towers.head.bias")
+    protocols: ClassVar[dict[str, str]] = {
+        "ndcg": "temporal split: NDCG@10 of each user's last item among all unrated items",
+        "recall": "temporal split: share of users whose last item is among the first 10",
+        "rating": "temporal split: squared error of the rating of each user's last item",
+        "pairs-watch": "pair split: cross-entropy of watching, rated and drawn pairs",
+        "pairs-rating": "pair split: squared error of the rating, rated pairs",
+    }
+
+    network: RecommenderNet | MatrixFactorisation
+    preprocessing: Catalogue | None
+
+    def __init__(
+        self,
+        network: RecommenderConfig = RecommenderConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        preprocessing: Catalogue | None = None,
+        watch_weight: float = 0.5,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(network, optimizer, compile)
+        if not 0.0 <= watch_weight <= 1.0:
+            raise ConfigError(f"watch_weight must be in [0, 1], got {watch_weight}")
+        self.watch_weight = watch_weight
+        self.task_names = tuple(network.tasks)
+        self.preprocessing = preprocessing
+        if preprocessing is not None:
+            self._check_fit(preprocessing)
+        self.network = self._build(network)
+        self.val_loss, self.val_watch, self.val_rate = MeanMetric(), MeanMetric(), MeanMetric()
+        self._ratings: Ratings | None = None
+
+    def _build(self, network: Any) -> RecommenderNet | MatrixFactorisation:
+        return RecommenderNet(network)
+
+    @classmethod
+    def protocols_on(cls, datamodule: Any) -> tuple[str, ...]:
+        by_pairs = getattr(datamodule, "split", "temporal") == "pairs"
+        return tuple(name for name in cls.protocols if name.startswith("pairs-") is by_pairs)
+
+    # ---------------------------------------------------------------- training
+
+    def _check_fit(self, catalogue: Catalogue) -> None:
+        for what, have in (("users", len(catalogue.users)), ("items", len(catalogue.items))):
+            takes = getattr(self.config, f"num_{what}")
+            if have != takes:
+                raise ConfigError(
+                    f"The data have {have} {what}, but the network is for {takes}: "
+                    f"set model.network.num_{what}={have}"
+                )
+
+    def bind(self, datamodule: RatingsDataModule) -> None:
+        """Take users, items and ratings of a data module.
+
+        Raises:
+            ConfigError: the network is for other numbers of users, items or features.
+        """
+        ratings = datamodule.ratings
+        known = datamodule.path is None
+        catalogue = Catalogue(
+            users=ratings.user_ids,
+            items=ratings.item_ids,
+            scale=ratings.scale,
+            # MovieLens may not be passed on; a user's own titles are theirs.
+            titles=() if known else ratings.titles,
+            dataset=datamodule.dataset if known else "",
+        )
+        self._check_fit(catalogue)
+        self.preprocessing, self._ratings = catalogue, ratings
+        if isinstance(self.network, RecommenderNet):
+            for what in ("user", "item"):
+                table = getattr(ratings, f"{what}_features")
+                width = getattr(self.config, f"{what}_features")
+                if width and table.shape[1] != width:
+                    raise ConfigError(
+                        f"The data have {table.shape[1]} features of each {what}, but the network "
+                        f"is for {width}: set model.network.{what}_features={table.shape[1]}"
+                    )
+                if width:
+                    getattr(self.network, f"{what}_table").copy_(table)
+
+    def on_fit_start(self) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, RatingsDataModule):
+            self.bind(datamodule)
+        super().on_fit_start()
+
+    def _losses(self, outputs: Tensor, batch: RatingBatch) -> dict[str, Tensor]:
+        """Loss of each task for each pair, B; that of rating is 0 where there is none."""
+        losses = {}
+        for index, task in enumerate(self.task_names):
+            value = outputs[:, index].float()
+            if task == "watch":
+                losses[task] = F.binary_cross_entropy_with_logits(
+                    value, batch.watched, reduction="none"
+                )
+            else:
+                losses[task] = (value - batch.ratings).square() * batch.watched
+        return losses
+
+    def _weigh(self, means: dict[str, Tensor]) -> Tensor:
+        weights = {"watch": self.watch_weight, "rate": 1.0 - self.watch_weight}
+        return torch.stack([weights[task] * mean for task, mean in means.items()]).sum()
+
+    def training_step(self, batch: RatingBatch, batch_idx: int) -> Tensor:
+        """Weighed loss of the tasks, and what the gates add."""
+        output = self.network(batch.users, batch.items)
+        losses = self._losses(output.outputs, batch)
+        rated = batch.watched.sum().clamp(min=1.0)
+        means = {
+            task: loss.mean() if task == "watch" else loss.sum() / rated
+            for task, loss in losses.items()
+        }
+        for task, mean in means.items():
+            self.log(f"train_{task}", mean)
+        loss = self._weigh(means) + self.regulariser(output)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: RatingBatch, batch_idx: int) -> None:
+        losses = self._losses(self.network(batch.users, batch.items).outputs, batch)
+        for task, metric in (("watch", self.val_watch), ("rate", self.val_rate)):
+            if task in losses:
+                metric.update(losses[task] if task == "watch" else losses[task][batch.watched > 0])
+                self.log(f"val_{task}", metric, prog_bar=True)
+        if batch_idx == 0:
+            self.watch_gates(batch.users, batch.items)
+
+    def on_validation_epoch_end(self) -> None:
+        means = {}
+        for task, metric in (("watch", self.val_watch), ("rate", self.val_rate)):
+            if task in self.task_names:
+                means[task] = metric.compute()
+        self.log("val_loss", self._weigh(means))
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Positions of users and items B in the catalogue in, outputs B x T out; see `forward` of
+        the network."""
+        counts = {"users": self.config.num_users, "items": self.config.num_items}
+        return self._exportable(
+            {name: torch.randint(n, (batch,), generator=generator) for name, n in counts.items()}
+        )
+
+    # -------------------------------------------------------------- evaluation
+
+    def samples(self, batch: RatingBatch) -> int:
+        return len(batch.users)
+
+    def macs(self, batch: RatingBatch) -> int:
+        """Multiply-accumulates of a forward pass per pair."""
+        users, items = batch.users.to(self.device), batch.items.to(self.device)
+        return count_macs(self.network, users, items) // len(users)
+
+    @torch.no_grad()
+    def measure(self, datamodule: RatingsDataModule, protocol: str) -> Measurement:  # type: ignore[override]
+        """Measure by one of `protocols`, in eval mode.
+
+        Sampling units are users with the temporal split, and pairs with the other.
+
+        Raises:
+            ZooError: there is no such protocol, or it is not one of this split.
+        """
+        if protocol not in self.protocols:
+            raise ZooError(
+                f"Unknown protocol {protocol!r}; choose one of {', '.join(self.protocols)}."
+            )
+        if protocol not in self.protocols_on(datamodule):
+            raise ZooError(
+                f"Protocol {protocol!r} is not for data.split={datamodule.split}; choose one of "
+                f"{', '.join(self.protocols_on(datamodule))}."
+            )
+        datamodule.setup()
+        self._check_same(datamodule.ratings)
+        if protocol in ("ndcg", "recall"):
+            sums = self.gains(datamodule, protocol)
+            expected = len(datamodule.parts["test"].users)
+        else:
+            sums, expected = self._test_losses(datamodule, protocol)
+        if len(sums) != expected:
+            raise AssertionError(f"counted {len(sums)} samples of {expected}")
+        metric, unit = {
+            "ndcg": ("ndcg@10", "user"),
+            "recall": ("recall@10", "user"),
+            "rating": ("squared_error", "user"),
+            "pairs-watch": ("cross_entropy", "pair"),
+            "pairs-rating": ("squared_error", "pair"),
+        }[protocol]
+        return Measurement(
+            metric=metric,
+            unit=unit,
+            sums=sums,
+            counts=torch.ones(len(sums), dtype=torch.int64),
+            kind="proportion" if protocol == "recall" else "mean",
+            split="test",
+        )
+
+    def _test_losses(self, datamodule: RatingsDataModule, protocol: str) -> tuple[Tensor, int]:
+        """Loss of each test pair, and how many there are to be."""
+        task = "watch" if protocol == "pairs-watch" else "rate"
+        if task not in self.task_names:
+            raise ZooError(
+                f"This model does not predict {task!r}; its tasks are {self.task_names}."
+            )
+        pairs = datamodule.parts["test"]
+        expected = len(pairs.users) if task == "watch" else int(pairs.watched.sum())
+        if task == "rate":
+            pairs = pairs.rows(pairs.watched > 0)
+        losses = []
+        for start in range(0, len(pairs.users), _BATCH):
+            batch = pairs.rows(slice(start, start + _BATCH))
+            outputs = self._outputs(batch.users, batch.items)
+            losses.append(self._losses(outputs, batch)[task].double())
+        return torch.cat(losses), expected
+
+    def _outputs(self, users: Tensor, items: Tensor) -> Tensor:
+        """Outputs B x T of the network, on the CPU."""
+        outputs: Tensor = self.network(users.to(self.device), items.to(self.device)).outputs
+        return outputs.float().cpu()
+
+    def _score(self, outputs: Tensor) -> Tensor:
+        """What items are ordered by, B: the logit of watching, else the rating."""
+        task = "watch" if "watch" in self.task_names else self.task_names[0]
+        return outputs[:, self.task_names.index(task)]
+
+    def gains(
+        self,
+        datamodule: RatingsDataModule,
+        protocol: str,
+        part: Literal["validation", "test"] = "test",
+    ) -> Tensor:
+        """NDCG@10 ("ndcg") or Recall@10 ("recall") of each user who has an item in the part.
+
+        Of items with equal scores every order is as likely, and the mean over these is taken.
+        """
+        best, worst = self.ranks(datamodule, part)
+        ranks = torch.arange(1, len(datamodule.ratings.item_ids) + 1, dtype=torch.float64)
+        gain = 1.0 / torch.log2(ranks + 1.0) if protocol == "ndcg" else torch.ones_like(ranks)
+        total = F.pad(torch.where(ranks <= _TOP, gain, 0.0).cumsum(0), (1, 0))
+        return (total[worst] - total[best - 1]) / (worst - best + 1)
+
+    @torch.no_grad()
+    def ranks(
+        self, datamodule: RatingsDataModule, part: Literal["validation", "test"] = "test"
+    ) -> tuple[Tensor, Tensor]:
+        """Rank (1 is best) of the item in `part` of each user among all items that the user has not
+        rated before it: none is sampled.
+
+        Returns:
+            For each user who has an item in the part, the best and the worst rank that the item has
+            among those with an equal score.
+        """
+        pairs, items = datamodule.parts[part], len(datamodule.ratings.item_ids)
+        before = [datamodule.parts["train"]]
+        if part == "test":
+            before.append(datamodule.parts["validation"])
+        rated = torch.zeros(len(datamodule.ratings.user_ids), items, dtype=torch.bool)
+        for earlier in before:
+            rated[earlier.users, earlier.items] = True
+        at_once = max(_BATCH // items, 1)
+        every, best, worst = torch.arange(items), [], []
+        for start in track(range(0, len(pairs.users), at_once), "users"):
+            users = pairs.users[start : start + at_once]
+            wanted = pairs.items[start : start + at_once, None]
+            outputs = self._outputs(users.repeat_interleave(items), every.repeat(len(users)))
+            scores = self._score(outputs).view(len(users), items)
+            own = scores.gather(1, wanted)
+            others = ~rated[users]
+            others.scatter_(1, wanted, False)
+            best.append(1 + ((scores > own) & others).sum(1))
+            worst.append(1 + ((scores >= own) & others).sum(1))
+        return torch.cat(best), torch.cat(worst)
+
+    # ------------------------------------------------------------------- usage
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The users and items that the model knows.
+
+        Raises:
+            ZooError: it was not trained yet.
+        """
+        if self.preprocessing is None:
+            raise ZooError("This recommender knows no users and items: train it first.")
+        return self.preprocessing
+
+    def _check_same(self, ratings: Ratings) -> None:
+        if (ratings.user_ids, ratings.item_ids) != (self.catalogue.users, self.catalogue.items):
+            raise DataError(
+                f"The data have {len(ratings.user_ids)} users and {len(ratings.item_ids)} items "
+                f"that are not the model's {len(self.catalogue.users)} and "
+                f"{len(self.catalogue.items)}."
+            )
+
+    def attach(self, ratings: Ratings) -> None:
+        """Use these ratings for titles and for what users have seen.
+
+        Raises:
+            DataError: they are of other users or items.
+        """
+        self._check_same(ratings)
+        self._ratings = ratings
+
+    @property
+    def ratings(self) -> Ratings | None:
+        """The ratings that were trained on, where they are at hand: attached, or on this machine.
+        They are not part of a checkpoint."""
+        dataset = self.catalogue.dataset
+        if self._ratings is None and dataset and have_movielens(dataset):
+            self.attach(load_movielens(dataset))
+        return self._ratings
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """Title of each item; the id where titles are not at hand."""
+        if self.catalogue.titles:
+            return self.catalogue.titles
+        ratings = self.ratings
+        return self.catalogue.items if ratings is None else ratings.titles
+
+    def _user(self, user: str | int) -> int:
+        try:
+            return self.catalogue.users.index(str(user))
+        except ValueError:
+            raise UnknownNameError(
+                f"No user {str(user)!r} among {len(self.catalogue.users)}."
+                f"{nearest(str(user), self.catalogue.users)} For someone new, give `liked` titles."
+            ) from None
+
+    def _item(self, item: str | int) -> int:
+        """Position of an item by id, by title, or by a part of the title that only it has."""
+        name, titles = str(item), self.titles
+        if name in self.catalogue.items:
+            return self.catalogue.items.index(name)
+        folded = [title.lower() for title in titles]
+        found = [i for i, title in enumerate(folded) if title == name.lower()]
+        found = found or [i for i, title in enumerate(folded) if name and name.lower() in title]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            some = " or ".join(repr(titles[i]) for i in found[:3])
+            raise UnknownNameError(f"{name!r} fits {len(found)} items: say {some}.")
+        hint = nearest(name, titles)
+        if titles == self.catalogue.items:
+            hint += f" Titles are not at hand: {self._where_titles()}"
+        raise UnknownNameError(f"No item {name!r} among {len(titles)}.{hint}")
+
+    def _where_titles(self) -> str:
+        if self.catalogue.dataset:
+            return f"put {self.catalogue.dataset} into $ZOO_DATA_DIR, or attach() its ratings."
+        return "attach() the ratings that the model was trained on."
+
+    @torch.no_grad()
+    def predict(self, pairs: Iterable[tuple[str | int, str | int]]) -> list[PairPrediction]:
+        """What is expected of users and items.
+
+        Args:
+            pairs: ids of users and ids or titles of items.
+
+        Raises:
+            DataError: there is no pair.
+            UnknownNameError: an id or a title is not known.
+        """
+        listed = [(self._user(user), self._item(item)) for user, item in pairs]
+        if not listed:
+            raise DataError("predict got no pairs of a user and an item.")
+        users, items = torch.tensor(listed).T
+        outputs = self._outputs(users, items)
+        return [
+            PairPrediction(
+                user=self.catalogue.users[user],
+                item=self.catalogue.items[item],
+                title=self.titles[item],
+                watch=values.get("watch"),
+                rating=values.get("rate"),
+            )
+            for (user, item), values in zip(listed, map(self._readable, outputs), strict=True)
+        ]
+
+    def _readable(self, outputs: Tensor) -> dict[str, float]:
+        """Score from 0 to 1 and rating within the scale, by task, of T outputs."""
+        low, high = self.catalogue.scale
+        return {
+            task: float(value.sigmoid() if task == "watch" else value.clamp(low, high))
+            for task, value in zip(self.task_names, outputs, strict=True)
+        }
+
+    def recommend(
+        self,
+        user: str | int | None = None,
+        k: int = 10,
+        *,
+        liked: Sequence[str | int] | None = None,
+        exclude_seen: bool = True,
+    ) -> list[Recommendation]:
+        """The best k items for a user, or for someone new who likes some titles.
+
+        Args:
+            user: id of a user that the model was trained on.
+            k: length of the list.
+            liked: in place of a user: titles or ids of items that somebody likes; a vector for
+                them is fitted, with the rest of the model as it is.
+            exclude_seen: leave out what the user has rated (the ratings must be at hand), or what
+                is liked.
+
+        Raises:
+            ConfigError: `k` is not positive, or not exactly one of `user` and `liked` is given.
+            DataError: `liked` is empty, or what the user has seen is not known.
+            UnknownNameError: an id or a title is not known.
+        """
+        if k < 1:
+            raise ConfigError(f"k must be at least 1, got {k}")
+        if (user is None) == (liked is None):
+            raise ConfigError("recommend needs a user or a list of liked items, and not both.")
+        if liked is not None:
+            if isinstance(liked, str) or not liked:
+                raise DataError("liked must be a list of at least one title or id.")
+            seen = torch.tensor([self._item(item) for item in liked])
+            vector = self._fold_in(seen)
+        else:
+            assert user is not None
+            index = self._user(user)
+            seen = self._seen(index) if exclude_seen else torch.tensor([], dtype=torch.long)
+            with torch.no_grad():
+                vector = self.network.user_vectors(torch.tensor([index], device=self.device))
+        with torch.no_grad():
+            outputs = self._of_all_items(vector).float().cpu()
+        scores = self._score(outputs).clone()
+        if exclude_seen:
+            scores[seen] = -math.inf
+        best = scores.sort(descending=True, stable=True).indices[:k]
+        return [
+            Recommendation(
+                item=self.catalogue.items[item],
+                title=self.titles[item],
+                score=values.get("watch", values.get("rate", 0.0)),
+                rating=values.get("rate"),
+            )
+            for item, values in ((i, self._readable(outputs[i])) for i in best.tolist())
+            if scores[item] > -math.inf
+        ]
+
+    def _seen(self, user: int) -> Tensor:
+        ratings = self.ratings
+        if ratings is None:
+            raise DataError(
+                "What users have rated is not part of a checkpoint: "
+                f"{self._where_titles()} Or pass exclude_seen=False."
+            )
+        return ratings.items[ratings.users == user]
+
+    def _of_all_items(self, user: Tensor) -> Tensor:
+        """Outputs I x T for one user's vector, 1 x D."""
+        count = len(self.catalogue.items)
+        items = self.network.item_vectors(torch.arange(count, device=self.device))
+        outputs: Tensor = self.network.of_vectors(user.expand(count, -1), items).outputs
+        return outputs
+
+    def _fold_in(self, liked: Tensor) -> Tensor:
+        """Vector 1 x D of someone who likes some items: from the mean user's, by gradient, so that
+        the liked items score high among all; kept near the mean user by decay."""
+        everyone = torch.arange(len(self.catalogue.users), device=self.device)
+        with torch.no_grad():
+            mean = self.network.user_vectors(everyone).mean(0, keepdim=True)
+        offset = torch.zeros_like(mean, requires_grad=True)
+        optimizer = torch.optim.Adam([offset], _FOLD_IN_RATE)
+        liked = liked.to(self.device)
+        with torch.enable_grad():
+            for _ in range(_FOLD_IN_STEPS):
+                scores = self._score(self._of_all_items(mean + offset)).float()
+                # As many draws of liked items as of others: every item stands for the average one.
+                loss = F.softplus(-scores[liked]).mean() + F.softplus(scores).mean()
+                loss = loss + _FOLD_IN_DECAY * offset.square().sum()
+                (offset.grad,) = torch.autograd.grad(loss, offset)
+                optimizer.step()
+        return mean + offset.detach()
+
+    @torch.no_grad()
+    def similar_items(self, item: str | int, k: int = 10) -> list[SimilarItem]:
+        """The k items whose vectors are most alike, without the item itself.
+
+        Args:
+            item: an id or a title.
+            k: length of the list.
+
+        Raises:
+            ConfigError: `k` is not positive.
+            UnknownNameError: the id or title is not known.
+        """
+        if k < 1:
+            raise ConfigError(f"k must be at least 1, got {k}")
+        index = self._item(item)
+        every = torch.arange(len(self.catalogue.items), device=self.device)
+        vectors = F.normalize(self.network.item_vectors(every).float(), dim=1)
+        cosines = (vectors @ vectors[index]).cpu()
+        cosines[index] = -math.inf
+        best = cosines.topk(min(k, len(cosines) - 1))
+        return [
+            SimilarItem(
+                item=self.catalogue.items[i], title=self.titles[i], similarity=min(value, 1.0)
+            )
+            for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def explain(self, user: str | int, item: str | int) -> Explanation:
+        """Which experts each task uses for a user and an item, and with what weights.
+
+        Raises:
+            UnknownNameError: an id or title is not known.
+            ZooError: the model has no experts.
+        """
+        if not isinstance(self.network, MultiTaskNet):
+            raise ZooError("This model has no experts to explain by.")
+        pair = self._user(user), self._item(item)
+        users, items = (torch.tensor([index], device=self.device) for index in pair)
+        output = self.network(users, items)
+        values = self._readable(output.outputs[0].float().cpu())
+        tasks = []
+        for task, weights in zip(self.task_names, output.routing.weights[0], strict=True):
+            used = {i: float(w) for i, w in enumerate(weights.tolist()) if w > 0}
+            heaviest = dict(sorted(used.items(), key=lambda pair: -pair[1]))
+            tasks.append(TaskExplanation(task=task, value=values[task], experts=heaviest))
+        return Explanation(
+            user=self.catalogue.users[pair[0]],
+            item=self.catalogue.items[pair[1]],
+            title=self.titles[pair[1]],
+            tasks=tuple(tasks),
+        )
+
+
+class FactorisationRecommender(Recommender):
+    """The control without experts: offsets and a product of vectors; see `MatrixFactorisation`.
+
+    Args:
+        network: shape of the network.
+        optimizer, preprocessing, watch_weight, compile: as of `Recommender`.
+    """
+
+    network_config: ClassVar[type[Any]] = MatrixFactorisationConfig
+    head_parameters: ClassVar[tuple[str, ...]] = ("bias",)
+
+    def __init__(
+        self,
+        network: MatrixFactorisationConfig = MatrixFactorisationConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        preprocessing: Catalogue | None = None,
+        watch_weight: float = 0.5,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(network, optimizer, preprocessing, watch_weight, compile)  # type: ignore[arg-type]
+
+    def _build(self, network: Any) -> RecommenderNet | MatrixFactorisation:
+        return MatrixFactorisation(network)
