@@ -46,6 +46,8 @@ def randomised(module: Any) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
             parameter.add_(scale * noise)
+        if module.published_network is not module.network:  # an average, which is what is stored
+            module.published_network.load_state_dict(module.network.state_dict())
     return module.eval()
 
 

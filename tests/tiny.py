@@ -61,6 +61,7 @@ _PICTURE = 12
 
 _IMAGES = [
     "trainer.check_val_every_n_epoch=1",
+    "model.channels_last=false",
     "data.batch_size=8",
     "model.network.num_classes=2",
     "model.network.in_channels=1",

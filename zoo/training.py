@@ -255,16 +255,19 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
     module_class = architecture(recipe.architecture).module_class()
     data_class = _import(DATA_MODULES[recipe.data])
     try:
-        return CLI(
-            module_class,
-            data_class,
-            args=_with_usable_precision(recipe.options),
-            run=False,
-            save_config_callback=None,
-            seed_everything_default=0,
-            trainer_defaults=trainer,
-            parser_kwargs={"exit_on_error": False},
-        )
+        with warnings.catch_warnings():
+            # The options are passed as values; the words of the command are ours.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
+            return CLI(
+                module_class,
+                data_class,
+                args=_with_usable_precision(recipe.options),
+                run=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                trainer_defaults=trainer,
+                parser_kwargs={"exit_on_error": False},
+            )
     except ZooError:
         raise
     except Exception as error:  # jsonargparse raises its own and passes on the classes' errors
@@ -508,8 +511,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*tensorboardX.*")
-    # The recipe is passed to LightningCLI as values; the words of the command are ours.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
 
 
 def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:

@@ -12,20 +12,32 @@ from PIL import Image
 
 import zoo
 from tests import tiny
-from tests.tiny_images import CLASSES, SIZE
+from tests.tiny_images import CLASSES, SIZE, write_folder
 from zoo import training
 from zoo.errors import ConfigError, DataError
 from zoo.families.sau_shufflenet import SAU, ShuffleNetConfig
 from zoo.tasks.sau_shufflenet import SAUShuffleNetX0_5, SAUShuffleNetX1, SAUShuffleNetX2
 
 RECIPE = "sau-shufflenet-v2-x0-5.cifar100"
-OVERRIDES = [*tiny.SHRUNK["sau-shufflenet-v2-x0-5"], "model.network.activation=sau-2-trained"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A second's training on colour pictures of three classes."""
+    return [
+        *tiny.SHRUNK["sau-shufflenet-v2-x0-5"],
+        f"data.path={write_folder(tmp_path_factory.mktemp('pictures'))}",
+        f"data.size={list(SIZE)}",
+        f"model.network.num_classes={len(CLASSES)}",
+        "model.network.in_channels=3",
+        "model.network.activation=sau-2-trained",
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sau") / "run"
-    return training.fit(RECIPE, OVERRIDES, out=out).checkpoint
+    return training.fit(RECIPE, overrides, out=out).checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +99,9 @@ def test_a_class_is_of_one_width(module_class: Any) -> None:
         ("model.network.in_channels=1", "set model.network.in_channels=3"),
     ],
 )
-def test_bad_recipes_get_one_line(override: str, message: str, tmp_path: Path) -> None:
+def test_bad_recipes_get_one_line(
+    override: str, message: str, overrides: list[str], tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        training.fit(RECIPE, [*OVERRIDES, override], out=tmp_path / "run")
+        training.fit(RECIPE, [*overrides, override], out=tmp_path / "run")
     assert "\n" not in str(caught.value)
