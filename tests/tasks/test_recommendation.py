@@ -66,7 +66,7 @@ def write_recipe(folder: Path, **data: Any) -> Path:
         "seed_everything": 1,
         "trainer": {
             "accelerator": "cpu",
-            "max_epochs": 40,
+            "max_epochs": 80,
             "enable_model_summary": False,
             "log_every_n_steps": 20,
         },

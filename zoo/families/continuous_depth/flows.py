@@ -101,7 +101,7 @@ class FlowField(nn.Module):
         z, condition, probe = state[:, :dim], state[:, dim + 1 : known], state[:, known:]
         if self.config.trace == "exact":
             tangents = torch.eye(dim, dtype=z.dtype, device=z.device)[:, None].expand(
-                -1, len(z), -1
+                -1, z.shape[0], -1
             )
         else:
             tangents = probe[None]
