@@ -56,6 +56,7 @@ NETWORK: dict[str, Any] = {
     "expert_widths": [16],
     "tower_widths": [8],
     "dropout": 0.0,
+    "product": False,
     "gate": {"kind": "dselect-k", "k": 2, "entropy": 0.01},
 }
 
@@ -66,7 +67,7 @@ def write_recipe(folder: Path, **data: Any) -> Path:
         "seed_everything": 1,
         "trainer": {
             "accelerator": "cpu",
-            "max_epochs": 80,
+            "max_epochs": 40,
             "enable_model_summary": False,
             "log_every_n_steps": 20,
         },
