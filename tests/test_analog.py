@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import tiny, tiny_images
 from zoo import analog, evaluation, figures, training
 from zoo.analog import AnalogSettings, parse_settings
 from zoo.errors import ConfigError, ZooError
@@ -18,6 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("analog") / "run"
     overrides = [
         *tiny.SHRUNK["sau-shufflenet-v2-x0-5"],
+        *tiny_images.folder_overrides(tmp_path_factory.mktemp("pictures")),
         "trainer.limit_train_batches=1.0",
         "trainer.max_epochs=6",
         "model.ema_decay=0.5",

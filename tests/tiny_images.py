@@ -78,6 +78,16 @@ def make_images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
+def folder_overrides(folder: Path) -> list[str]:
+    """What a recipe of a classifier is changed by, to train on pictures written to `folder`."""
+    return [
+        f"data.path={write_folder(folder)}",
+        f"data.size={list(SIZE)}",
+        f"model.network.num_classes={len(CLASSES)}",
+        "model.network.in_channels=3",
+    ]
+
+
 def write_folder(folder: Path, count: int = 60, seed: int = 0) -> Path:
     """A folder of class folders of PNG files of the made images."""
     for index, (pixels, label) in enumerate(zip(*make_images(count, seed), strict=True)):

@@ -12,7 +12,7 @@ from PIL import Image
 
 import zoo
 from tests import tiny
-from tests.tiny_images import CLASSES, SIZE, write_folder
+from tests.tiny_images import CLASSES, SIZE, folder_overrides
 from zoo import training
 from zoo.errors import ConfigError, DataError
 from zoo.families.sau_shufflenet import SAU, ShuffleNetConfig
@@ -26,10 +26,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A second's training on colour pictures of three classes."""
     return [
         *tiny.SHRUNK["sau-shufflenet-v2-x0-5"],
-        f"data.path={write_folder(tmp_path_factory.mktemp('pictures'))}",
-        f"data.size={list(SIZE)}",
-        f"model.network.num_classes={len(CLASSES)}",
-        "model.network.in_channels=3",
+        *folder_overrides(tmp_path_factory.mktemp("pictures")),
         "model.network.activation=sau-2-trained",
     ]
 

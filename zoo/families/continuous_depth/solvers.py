@@ -288,6 +288,14 @@ def solve(
     if parameters is None:
         parameters = tuple(field.parameters()) if isinstance(field, nn.Module) else ()
     parameters = [p for p in parameters if p.requires_grad]
+    if not solver.is_fixed and _is_eager():
+        # torchdiffeq would choose a first step of no length, and take the problem for stiff.
+        broken = ~torch.isfinite(initial.detach()).reshape(len(initial), -1).all(1)
+        if broken.any():
+            raise SolverError(
+                f"{solver.method}: the state of sample {int(broken.nonzero()[0])} is not finite at "
+                f"time {times[0]:.6g}, where it starts."
+            )
     if solver.is_fixed:
         solution = _solve_fixed(field, initial, times, solver, parameters)
     elif solver.error_control == "each_sample":
