@@ -307,7 +307,7 @@ def _list(options: argparse.Namespace) -> int:
     for name in names:
         card = cards.find(name)
         result = next((r for r in card.results if r.primary), None)
-        shown = "" if result is None else f"{result.value:.4f} {result.unit} ({result.protocol})"
+        shown = "" if result is None else f"{result.value:.4f} {result.metric} ({result.protocol})"
         rows.append([name, card.task, f"{card.parameters:,}", shown])
     _table(["name", "task", "parameters", "recorded"], rows)
     return OK
