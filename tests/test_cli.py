@@ -203,7 +203,7 @@ def test_list(shelf: Shelf) -> None:
     assert header.split() == ["name", "task", "parameters", "recorded"]
     card = cards.find(NAME)
     assert row.split()[:3] == [NAME, "language-modeling", f"{card.parameters:,}"]
-    assert f"{card.primary.value:.4f} character (stream)" in row
+    assert f"{card.primary.value:.4f} nats_per_character (stream)" in row
 
 
 @pytest.mark.parametrize(
