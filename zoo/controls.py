@@ -88,7 +88,7 @@ def run(
         UnknownNameError: there is no such recipe.
         ZooError: there are no controls, or a run is not possible.
     """
-    folder = Path("runs/controls") / name if out is None else Path(out)
+    folder = _folder(name, out)
     recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
     stems = [recipe.path.stem for recipe in recipes]
     for stem in only or ():
@@ -134,7 +134,7 @@ def finished_runs(name: str, out: str | os.PathLike[str] | None = None) -> dict[
     Raises:
         ZooError: there are no controls.
     """
-    folder = Path("runs/controls") / name if out is None else Path(out)
+    folder = _folder(name, out)
     recipes = [training.read_recipe(path) for path in find_recipes(name)]
     found = {
         recipe.name: [
@@ -164,6 +164,11 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
         facts["reproduction_tolerance"] = _TOLERATED_SPREADS * spread
     measurements = dataclasses.replace(before, controls=tuple(controls), training=facts)
     write_json(Path(folder) / RESULTS_FILE, to_json(measurements))
+
+
+def _folder(name: str, out: str | os.PathLike[str] | None) -> Path:
+    """Where the runs of a weight's controls are."""
+    return Path("runs/controls") / name if out is None else Path(out)
 
 
 def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence[str]) -> None:

@@ -90,6 +90,11 @@ class ImagePreprocessing:
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must be two or more different names")
 
+    def with_numbered_classes(self, count: int) -> ImagePreprocessing:
+        """The same images with `count` classes that have numbers for names."""
+        names = tuple(f"class {index}" for index in range(count))
+        return dataclasses.replace(self, classes=names)
+
     def normalise(self, images: Tensor) -> Tensor:
         """B x C x H x W uint8 (0 to 255) or float (0 to 1) to normalised float32."""
         unit = 255.0 if images.dtype == torch.uint8 else 1.0

@@ -175,8 +175,7 @@ class ImageClassifier(ZooModule):
     @classmethod
     def swap_head(cls, preprocessing: ImagePreprocessing, num_classes: int) -> ImagePreprocessing:
         """The same images with classes that have numbers for names, until training names them."""
-        names = tuple(f"class {index}" for index in range(num_classes))
-        return dataclasses.replace(preprocessing, classes=names)
+        return preprocessing.with_numbered_classes(num_classes)
 
     # ---------------------------------------------------------------- training
 
