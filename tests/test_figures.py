@@ -148,3 +148,17 @@ def test_expert_usage_is_the_logged_weights_in_order_of_experts() -> None:
     assert rows[1] == [(11 - i) / 66 for i in range(12)]
     with pytest.raises(ZooError, match="logged no use of experts for buy"):
         figures.expert_usage(metrics, "buy")
+
+
+def test_loss_curves_of_controls(tmp_path: Path) -> None:
+    """Both losses of every seed are needed; steps that only one seed has logged are left out."""
+    for seed, losses in (("1", "9,3.0,\n19,,2.0\n"), ("2", "9,5.0,\n19,,4.0\n29,1.0,\n")):
+        part = tmp_path / seed / "logs" / "part_0"
+        part.mkdir(parents=True)
+        (part / "metrics.csv").write_text("step,train_loss,val_loss\n" + losses)
+    runs = [tmp_path / "1", tmp_path / "2"]
+    path = figures.draw_controls({"model": runs}, "nats", tmp_path / "new" / "controls.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "1" / "logs" / "part_0" / "metrics.csv").write_text("step,train_loss\n9,3.0\n")
+    with pytest.raises(ZooError, match="logged no val_loss; there is: train_loss"):
+        figures.draw_controls({"model": runs}, "nats", tmp_path / "controls.png")
