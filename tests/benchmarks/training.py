@@ -110,7 +110,7 @@ def _zoo(overrides: list[str]) -> float:
         tempfile.TemporaryDirectory() as folder,
         _quiet(),
         # Ahead of the others, whose work at the end of a step then counts for the next one.
-        mock.patch.object(training, "_callbacks", lambda out: [watch, *callbacks(out)]),
+        mock.patch.object(training, "_callbacks", lambda *given: [watch, *callbacks(*given)]),
     ):
         training.fit(RECIPE, overrides, out=Path(folder) / "run")
     return (watch.ends[-1] - watch.ends[0]) / (len(watch.ends) - 1)
