@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,6 +63,11 @@ def give_preprocessing(module: Any) -> None:
         )
 
 
+    elif task == "online-learning":  # one that has learned nothing has no classes to name
+        pixels = torch.rand(6, *config.encoder.input_shape, generator=torch.Generator())
+        module.learn(list(pixels), [0, 1, 2, 0, 1, 2])
+
+
 def first_tensor(output: Any) -> Tensor:
     """The output of a network without the state that may come with it."""
     found = output[0] if isinstance(output, (tuple, list)) else output
@@ -115,6 +121,12 @@ def _canvases(module: Any) -> Example:
     return Example((pixels,), shape, pixels.abs())
 
 
+def _online(module: Any) -> Example:
+    shape = (2, *module.config.encoder.input_shape)
+    pixels = (torch.arange(math.prod(shape)).double() * 0.7).sin().abs().float().view(shape)
+    return Example((pixels,), (2, module.config.num_classes), pixels)
+
+
 def _regression(module: Any) -> Example:
     x = (torch.arange(2 * module.config.in_features).double() * 0.7).sin().float().view(2, -1)
     return Example((x,), (2, module.config.num_tasks), x)
@@ -128,5 +140,6 @@ _EXAMPLES: dict[str, Callable[[Any], Example]] = {
     "recommendation": _pairs,
     "image-pair-classification": _canvases,
     "expert-recovery": _regression,
+    "online-learning": _online,
 }
 """Task -> its example, for a given module."""

@@ -100,15 +100,32 @@ SHRUNK: dict[str, list[str]] = {
     "ode-resnet": [*_TRAINER, *_ODE_RESNET],
     "latent-ode": [*_TRAINER, "model.network.hidden=4", "trainer.check_val_every_n_epoch=1"],
     "continuous-flow": [*_TRAINER, "model.network.hidden=6"],
+    "online-ensemble": [
+        "trainer.accelerator=cpu",
+        "trainer.devices=1",
+        "trainer.enable_progress_bar=false",
+        "model.encoder_weights=null",
+        "model.network.encoder.kind=autoencoder",
+        "model.network.encoder.dim=6",
+        "model.network.encoder.channels=1",
+        f"model.network.encoder.image_size={_PICTURE}",
+        "model.network.encoder.resize=null",
+        "model.network.ridge_ensemble.classifiers=4",
+        "model.network.ridge_ensemble.features=2",
+        "model.network.ridge_ensemble.gate.k=2",
+        "model.network.ensemble.classifiers=4",
+        "model.network.ensemble.gate.k=2",
+        "data.stream.tasks=2",
+        "data.stream.batch_size=4",
+    ],
 }
 """Architecture -> overrides that make a second's training of any of its recipes."""
 
 OWN_SUITE = {
-    "online-ensemble": "tests/tasks/test_online_learning.py",
     "online-ensemble-encoder": "tests/tasks/test_encoder_training.py",
 }
 """Architectures that the suites over all models and recipes leave out, with where they are tested:
-one learns in closed form behind a frozen encoder, the other trains that encoder on fixed files."""
+it trains encoders on fixed files and has no `predict`."""
 
 
 def write_ratings(folder: Path) -> Path:
@@ -138,6 +155,11 @@ class _LessData(dict[str, list[str]]):
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         self[data] = {
             "images": lambda: [
+                f"data.path={write_pictures(folder)}",
+                f"data.size=[{_PICTURE}, {_PICTURE}]",
+                "data.channels=1",
+            ],
+            "streams": lambda: [
                 f"data.path={write_pictures(folder)}",
                 f"data.size=[{_PICTURE}, {_PICTURE}]",
                 "data.channels=1",

@@ -139,7 +139,8 @@ def save(
         card: For `README.md`.
         recipe: For `recipe.yaml`, as text.
         results: For `results.json`.
-        dtype: What floating point tensors are stored in; None keeps theirs.
+        dtype: What floating point tensors are stored in, but float32 for half precision of those
+            that are double; None keeps theirs.
 
     Raises:
         UnknownNameError: When the class is not registered.
@@ -172,8 +173,15 @@ def save(
 
 
 def _serialised(network: nn.Module, dtype: torch.dtype | None) -> bytes:
+    def kept_in(tensor: Tensor) -> torch.dtype:
+        if dtype is None or not tensor.is_floating_point():
+            return tensor.dtype
+        # Sums in double precision do not survive half of it.
+        double = tensor.dtype == torch.float64 and dtype.itemsize < 4
+        return torch.float32 if double else dtype
+
     tensors = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        name: tensor.detach().to("cpu", kept_in(tensor)).contiguous()
         for name, tensor in _tensors(network).items()
     }
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -276,6 +284,13 @@ def load(
     config, migrations = _parse_config(contents[CONFIG_FILE], where)
     module_class = architecture(config.architecture).module_class()
     stored = build(module_class.network_config, config.network, f"{where}: network")
+    if num_classes is not None and not (
+        hasattr(stored, "num_classes") and module_class.head_parameters
+    ):
+        raise ConfigError(
+            f"{config.architecture} has no head of classes to replace, so num_classes does not "
+            "apply."
+        )
     network = _overridden(stored, network_overrides, num_classes, config.architecture)
     preprocessing = _preprocessing(module_class, config.preprocessing, f"{where}: preprocessing")
     tensors = _parse_weights(contents[WEIGHTS_FILE], folder / WEIGHTS_FILE)
@@ -482,8 +497,6 @@ def _overridden(
 ) -> Any:
     """The network's arguments with changes; nested ones may be given in part."""
     if num_classes is not None:
-        if not hasattr(stored, "num_classes"):
-            raise ConfigError(f"{name} has no classes, so num_classes does not apply.")
         overrides = {**overrides, "num_classes": num_classes}
     if not overrides:
         return stored

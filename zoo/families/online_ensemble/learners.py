@@ -248,9 +248,26 @@ class MomentLearner(OnlineLearner):
         """Weights D x C and biases C of the scores."""
         raise NotImplementedError
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """The Gram matrix is symmetric: its upper triangle is stored, by rows."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        rows, columns = torch.triu_indices(*self.gram.shape)
+        destination[f"{prefix}gram"] = self.gram.detach()[rows, columns]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
         self._solution = None
-        super()._load_from_state_dict(*arguments)
+        triangle = state_dict.get(f"{prefix}gram")
+        if triangle is not None and triangle.ndim == 1:
+            rows, columns = torch.triu_indices(*self.gram.shape)
+            if len(triangle) == len(rows):
+                full = triangle.new_empty(self.gram.shape)
+                full[rows, columns] = full[columns, rows] = triangle
+                state_dict = {**state_dict, f"{prefix}gram": full}
+        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MomentLearner:
         self._solution = None
@@ -345,7 +362,15 @@ def solve_ridge(gram: Tensor, sums: Tensor, counts: Tensor, ridge: float) -> tup
     scale = centred.diagonal().mean().clamp_min(_SMALLEST)
     centred.diagonal().add_(ridge * scale)
     targets = (sums - counts[:, None] * mean).T
-    weight = torch.cholesky_solve(targets, torch.linalg.cholesky(centred))
+    factor, failed = torch.linalg.cholesky_ex(centred)
+    if failed:
+        # Samples far more alike than they are large: the rounding of the Gram matrix is larger
+        # than the penalty, and has made eigenvalues negative that are zero or larger.
+        values, vectors = torch.linalg.eigh(centred)
+        values = values.clamp_min(ridge * scale)
+        weight = vectors @ ((vectors.T @ targets) / values[:, None])
+    else:
+        weight = torch.cholesky_solve(targets, factor)
     return weight, prior - mean @ weight
 
 
