@@ -24,7 +24,7 @@ from zoo.families.continuous_depth.solvers import SolverConfig
 __all__ = ["ContinuousFlow", "CouplingFlow", "FlowConfig", "FlowField", "build_flow"]
 
 
-_SOLVER = SolverConfig(method="rk4", steps=5)
+_SOLVER = SolverConfig(method="rk4", steps=16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,8 @@ class FlowConfig:
     couplings: int = 8
     """Couplings of the control."""
     solver: SolverConfig = _SOLVER
-    """How the flow was trained."""
+    """How the flow was trained. Steps that are too coarse make a density whose mass is not 1, and
+    maximum likelihood finds it: see `DensityModel.mass`."""
 
     def __post_init__(self) -> None:
         for name in ("conditions", "hidden", "hidden_layers", "couplings"):
