@@ -62,7 +62,6 @@ def give_preprocessing(module: Any) -> None:
             classes=tuple(str(index) for index in range(config.num_classes)),
         )
 
-
     elif task == "online-learning":  # one that has learned nothing has no classes to name
         pixels = torch.rand(6, *config.encoder.input_shape, generator=torch.Generator())
         module.learn(list(pixels), [0, 1, 2, 0, 1, 2])

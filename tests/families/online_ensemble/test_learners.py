@@ -289,3 +289,33 @@ def test_nothing_learned_is_nothing_to_predict() -> None:
 def test_bad_options_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_ridge_of_samples_that_are_almost_alike_is_solved() -> None:
+    """Their Gram matrix, in single precision, is that of their mean up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    mean = 100 * torch.rand(12, generator=generator)
+    encodings = mean + 1e-3 * torch.randn(40, 12, generator=generator)
+    labels = torch.arange(40) % 2
+    ridge = RidgeClassifier(12)
+    ridge.learn(encodings, labels)
+    n, doubles = 40, encodings.double()
+    gram = ridge.gram - n * torch.outer(doubles.mean(0), doubles.mean(0))
+    assert float(torch.linalg.eigvalsh(gram).min()) < 0, "the example is not one"
+    scores = ridge(encodings)
+    assert scores.isfinite().all()
+    assert float(scores.abs().max()) < 10
+
+
+def test_a_symmetric_matrix_is_stored_once() -> None:
+    ridge = RidgeClassifier(5)
+    ridge.learn(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3)
+    state = ridge.state_dict()
+    assert state["gram"].shape == (15,)
+    assert torch.equal(state["gram"], ridge.gram[tuple(np.tril_indices(5))])
+    again = RidgeClassifier(5)
+    again.load_state_dict(state)
+    assert torch.equal(again.gram.tril(), ridge.gram.tril())
+    assert torch.equal(again.gram, again.gram.T)
+    with pytest.raises(RuntimeError, match="gram"):
+        RidgeClassifier(6).load_state_dict(state)

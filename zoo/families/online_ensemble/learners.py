@@ -251,9 +251,10 @@ class MomentLearner(OnlineLearner):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """The Gram matrix is symmetric: its upper triangle is stored, by rows."""
+        """The Gram matrix is symmetric: its lower triangle is stored, by rows, since solvers read
+        that one."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        rows, columns = torch.triu_indices(*self.gram.shape)
+        rows, columns = torch.tril_indices(*self.gram.shape)
         destination[f"{prefix}gram"] = self.gram.detach()[rows, columns]
 
     def _load_from_state_dict(
@@ -262,7 +263,7 @@ class MomentLearner(OnlineLearner):
         self._solution = None
         triangle = state_dict.get(f"{prefix}gram")
         if triangle is not None and triangle.ndim == 1:
-            rows, columns = torch.triu_indices(*self.gram.shape)
+            rows, columns = torch.tril_indices(*self.gram.shape)
             if len(triangle) == len(rows):
                 full = triangle.new_empty(self.gram.shape)
                 full[rows, columns] = full[columns, rows] = triangle
@@ -299,6 +300,7 @@ class LinearDiscriminant(MomentLearner):
         n = self.counts.clamp_min(1)[:, None]
         means = self.sums / n
         covariance = (self.gram - self.sums.T @ means) / self.counts.sum()
+        covariance = covariance.tril() + covariance.tril(-1).T  # what is stored of it
         scale = covariance.diagonal().mean().clamp_min(_SMALLEST)
         covariance = (1 - self.shrinkage) * covariance
         covariance.diagonal().add_(self.shrinkage * scale)
@@ -365,9 +367,9 @@ def solve_ridge(gram: Tensor, sums: Tensor, counts: Tensor, ridge: float) -> tup
     factor, failed = torch.linalg.cholesky_ex(centred)
     if failed:
         # Samples far more alike than they are large: the rounding of the Gram matrix is larger
-        # than the penalty, and has made eigenvalues negative that are zero or larger.
+        # than the penalty, and has made eigenvalues negative. What is not larger is rounding, too.
         values, vectors = torch.linalg.eigh(centred)
-        values = values.clamp_min(ridge * scale)
+        values = values.clamp_min(float((-values.min()).clamp_min(ridge * scale)))
         weight = vectors @ ((vectors.T @ targets) / values[:, None])
     else:
         weight = torch.cholesky_solve(targets, factor)
