@@ -327,9 +327,30 @@ def test_samples_are_repeatable_and_follow_the_density() -> None:
     assert float(points.std()) == pytest.approx(1.0, abs=0.1)
 
 
+def test_mass_tells_a_density_from_a_number_that_coarse_steps_made() -> None:
+    model = densities()
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.normal_(0.0, 1.5)
+    model.solver, model.steps = "rk4", 64
+    assert model.mass("moons") == pytest.approx(1.0, abs=0.01)
+    model.solver, model.steps = "euler", 1
+    assert abs(model.mass("moons") - 1.0) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["continuous", "coupling"])
+def test_mass_of_a_standard_normal_density(kind: str) -> None:
+    # Within a square of side 2: the square of the mass within one standard deviation.
+    model = densities(kind=kind)
+    assert model.mass("moons") == pytest.approx(1.0, abs=1e-5)
+    assert model.mass("moons", extent=1.0) == pytest.approx(math.erf(0.5**0.5) ** 2, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda m: m.mass("moons", cells=0), ConfigError, "must be positive"),
+        (lambda m: m.mass("moon"), UnknownNameError, "Did you mean 'moons'"),
         (lambda m: m.sample("moon", 3), UnknownNameError, "Did you mean 'moons'"),
         (lambda m: m.sample("moons", 0), ZooError, "n must be at least 1"),
         (lambda m: m.predict([[0.0, 1.0]], "rings"), UnknownNameError, "The flow knows: moons"),
