@@ -331,11 +331,15 @@ def test_mass_tells_a_density_from_a_number_that_coarse_steps_made() -> None:
     model = densities()
     with torch.no_grad():
         for parameter in model.network.parameters():
-            parameter.normal_(0.0, 1.5)
-    model.solver, model.steps = "rk4", 64
-    assert model.mass("moons") == pytest.approx(1.0, abs=0.01)
-    model.solver, model.steps = "euler", 1
-    assert abs(model.mass("moons") - 1.0) > 0.1
+            parameter.normal_()
+    model.solver = "rk4"
+    errors = {}
+    for steps in (1, 4, 16):
+        model.steps = steps
+        errors[steps] = abs(model.mass("moons", extent=10.0, cells=100) - 1.0)
+    assert errors[1] > 0.05
+    assert errors[4] < errors[1] / 10
+    assert errors[16] < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["continuous", "coupling"])
