@@ -326,8 +326,8 @@ def test_worst_sample_control_keeps_the_hard_sample_within_tolerance() -> None:
         errors[control] = float((solution.last[0] - exact).norm())
         steps[control] = solution.statistics.accepted
     # A step is accepted when the root mean square over both components of its error, over
-    # tolerance (1 + |component|), is at most 1; so the error's length is at most 2 sqrt(2) tolerance.
-    # A rotation neither shrinks nor stretches errors: that of the whole solve is at most their sum.
+    # tolerance (1 + |component|), is at most 1: the error is at most 2 sqrt(2) tolerance long. A
+    # rotation neither shrinks nor stretches it, so that of the solve is at most the sum.
     bound = {control: count * 2 * math.sqrt(2) * tolerance for control, count in steps.items()}
     assert errors["worst_sample"] < bound["worst_sample"]
     assert errors["batch"] > bound["batch"]
