@@ -9,6 +9,7 @@ of it can work on different seeds at once.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import statistics
 import time
@@ -190,6 +191,10 @@ def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence
             "counts": measurement.counts.tolist(),
         }
     write_json(folder / _OUTCOME, {"cpu_minutes": done.cpu_minutes, "measured": measured})
+    # A trainer and its module hold each other and few objects of many bytes, which the garbage
+    # collector would leave until the next runs need the memory.
+    del done
+    gc.collect()
 
 
 def _protocols(recipe: training.Recipe) -> list[str]:
