@@ -482,7 +482,7 @@ def update(name: str, folder: Path | None = None) -> Card:
     card = computed(typed, folder)
     text = render(card)
     for path in (shipped_folder("model_cards") / f"{card.name}.md", folder / files.CARD_FILE):
-        path.write_text(text, encoding="utf-8")
+        files.write_bytes(path, text.encode())
     _read_cards.cache_clear()
     return card
 
@@ -546,7 +546,7 @@ def record_revision(name: str, revision: str) -> None:
     card = dataclasses.replace(card, hub=dataclasses.replace(card.hub, revision=revision))
     for path in (shelf / f"{name}.md", pretrained_folder(name) / files.CARD_FILE):
         if path.exists():
-            path.write_text(render(card), encoding="utf-8")
+            files.write_bytes(path, render(card).encode())
     _read_cards.cache_clear()
 
 
@@ -558,7 +558,7 @@ def update_readme(path: Path) -> None:
     """
     table = render_readme_table(load_cards().values())
     text = _card_tables.fill(path.read_text(encoding="utf-8"), "models", table, where=str(path))
-    path.write_text(text, encoding="utf-8")
+    files.write_bytes(path, text.encode())
 
 
 def render_readme_table(cards: Iterable[Card]) -> str:

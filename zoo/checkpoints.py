@@ -11,7 +11,6 @@ import dataclasses
 import os
 import pickle
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,9 @@ from zoo.files import (
     FileRecord,
     format_json,
     parse_json,
+    partial_folder,
     read_bytes,
+    remove_leftovers,
 )
 from zoo.registry import architecture, architecture_of
 
@@ -185,7 +186,7 @@ def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     if folder.exists() and not _replaceable(folder):
         raise CheckpointError(f"{folder} exists and is not a checkpoint folder; choose another.")
     folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
+    partial = partial_folder(folder)
     replaced = partial.with_suffix(".old")
     try:
         partial.mkdir(parents=True)
@@ -194,6 +195,7 @@ def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
+        remove_leftovers(folder)
     except OSError as error:
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
