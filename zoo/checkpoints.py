@@ -52,6 +52,7 @@ __all__ = [
     "convert",
     "load",
     "read_config",
+    "read_training",
     "save",
     "verify",
 ]
@@ -321,14 +322,7 @@ def convert(
     path = Path(checkpoint)
     if not path.is_file():
         raise CheckpointError(f"{checkpoint} is not a local file; addresses are never opened.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors and plain values; it was not opened."
-        ) from error
-    if not isinstance(content, dict) or not {"zoo_network", "state_dict"} <= content.keys():
-        raise CheckpointError(f"{path} was not written by `zoo fit`.")
+    content = read_training(path)
     recipe = path.with_name(RECIPE_FILE)
     recipe_text = read_bytes(recipe).decode()
     try:
@@ -352,6 +346,23 @@ def convert(
         tensors.pop(alias, None)
     _fill(module.network, tensors, where=f"{path} does not fit {name}")
     save(module, folder, recipe=recipe_text, dtype=dtype)
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """Read a training checkpoint of this project, `last.ckpt`.
+
+    Raises:
+        CheckpointError: When it is not such a file, or holds anything but tensors and plain values.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors and plain values; it was not opened."
+        ) from error
+    if not isinstance(content, dict) or not {"zoo_network", "state_dict"} <= content.keys():
+        raise CheckpointError(f"{path} was not written by `zoo fit`.")
+    return content
 
 
 def _checked_folder(folder: str | os.PathLike[str]) -> Path:
