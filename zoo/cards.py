@@ -196,6 +196,8 @@ class Card:
     """Names on the Hub."""
     hub: HubLocation
     paper: Paper
+    base_model: tuple[str, ...] = ()
+    """Repositories on the Hub that the weight was trained on from; none for most."""
     reported: tuple[Reported, ...] = ()
     not_exported: dict[str, str] = dataclasses.field(default_factory=dict)
     """Formats that `zoo export` cannot write of this weight -> the reason."""
@@ -413,6 +415,8 @@ def render(card: Card) -> str:
     """Write a card as Markdown with front matter, the inverse of `parse`."""
     block = to_json(card)
     body = block.pop("body")
+    if not card.base_model:
+        del block["base_model"]
     front_matter = yaml.dump(
         {**_hub_keys(card), "zoo": block},
         Dumper=_Dumper,
@@ -431,6 +435,7 @@ def _hub_keys(card: Card) -> dict[str, Any]:
         "license": card.weights_license,
         "library_name": "zoo",
         "pipeline_tag": pipeline_tag,
+        "base_model": list(card.base_model),
         "datasets": list(card.datasets),
         "tags": ["zoo", "pytorch-lightning", card.family, card.task],
         "model-index": [
