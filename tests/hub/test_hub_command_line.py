@@ -10,20 +10,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from huggingface_hub import constants
 
 import zoo
 from tests.hub.published import ROOT
+from tests.tiny import run as run_command
 from zoo import cards
 from zoo.files import CARD_FILE, CHECKPOINT_FILES
-
-pytestmark = pytest.mark.slow  # several processes that import torch
+from zoo.sandbox import Sandbox
 
 WEIGHT = "cached-transformer-lm.tiny-shakespeare"
 REPO = "sandbox/shakespeare"
-PROMPT = {"max_new_tokens": 20, "seed": 1}
+PROMPT: dict[str, Any] = {"max_new_tokens": 20, "seed": 1}
 
 _GENERATE = f"""
 import sys, zoo
@@ -97,6 +98,35 @@ class Listener:
         self._socket.close()
 
 
+def test_the_shipped_weight_by_the_command(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As below, in this process."""
+    card = cards.shipped_folder("model_cards") / f"{WEIGHT}.md"
+    before = card.read_bytes()
+    said = run_command("push", WEIGHT, REPO, "--dry-run")
+    assert (said.status, sandbox.requests) == (0, [])
+    assert "would send" in said.out
+    (first,), (second,) = (run_command("push", WEIGHT, REPO, "--json").json for _ in range(2))
+    repository = sandbox.repositories[REPO]
+    assert len(repository.history()) == 2  # that of its making, and one
+    assert repository.tags["v1"][0] == first["commit"] == second["commit"]
+    assert second["sent"] == []
+    assert card.read_bytes() == before, "the commit of another repository is not the card's"
+    pulled = run_command("pull", f"{REPO}@v1")
+    assert Path(pulled.out.strip()).name == first["commit"], pulled.err
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "fresh"))
+    expected = zoo.load(WEIGHT).generate("ROMEO:", **PROMPT)
+    assert zoo.load(f"{REPO}@v1").generate("ROMEO:", **PROMPT) == expected
+    sandbox.requests.clear()
+    pinned = zoo.load(f"{REPO}@{first['commit']}")
+    assert pinned.generate("ROMEO:", **PROMPT) == expected
+    zoo.load(f"{REPO}@v1", local_files_only=True)
+    assert sandbox.requests == []
+
+
+@pytest.mark.slow  # several processes that import torch
 def test_from_the_sandbox_to_a_load_without_it(
     started: Started, python: Command, tmp_path: Path
 ) -> None:
@@ -130,7 +160,7 @@ def test_from_the_sandbox_to_a_load_without_it(
         bundled = cards.pretrained_folder(WEIGHT) / name
         assert (folder / name).read_bytes() == bundled.read_bytes(), name
 
-    expected = "".join(zoo.load(WEIGHT).generate("ROMEO:", **PROMPT))
+    expected = zoo.load(WEIGHT).generate("ROMEO:", **PROMPT)
     loaded = python("-c", _GENERATE, f"{REPO}@v1", home="fresh")
     assert loaded.stdout.strip() == expected.strip(), loaded.stderr
 
