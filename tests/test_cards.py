@@ -141,6 +141,16 @@ def test_the_front_matter_has_the_keys_of_the_hub() -> None:
     assert [result["metrics"][0]["value"] for result in entry["results"]] == [81.5, 81.5]
 
 
+def test_a_weight_that_was_trained_on_from_another_names_it() -> None:
+    from huggingface_hub import ModelCard
+
+    card = make_card(base_model=("someone/base",))
+    assert cards.parse(cards.render(card)) == card
+    data: Any = ModelCard(cards.render(card)).data
+    assert data.base_model == ["someone/base"]
+    assert "base_model" not in cards.render(make_card())
+
+
 def test_the_model_index_is_what_the_hub_client_reads() -> None:
     from huggingface_hub import ModelCard
 

@@ -6,11 +6,15 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -26,7 +30,7 @@ from zoo.cards import Measurements
 from zoo.checkpoints import FORMAT_VERSION, CheckpointConfig, LoadReport, Migration
 from zoo.configs import to_json
 from zoo.errors import CheckpointError, ConfigError, UnknownNameError, ZooError
-from zoo.files import CONFIG_FILE, WEIGHTS_FILE, FileRecord
+from zoo.files import CONFIG_FILE, LEFT_OVER, WEIGHTS_FILE, FileRecord
 from zoo.tasks.base import ZooModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -267,6 +271,47 @@ def test_a_checkpoint_is_replaced_as_a_whole(module: TinyModule, tmp_path: Path)
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     assert checkpoints.load(tmp_path / "x").network.count == 8
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process of its own kind")
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_what_a_killed_process_left_is_removed_when_it_is_old(
+    module: TinyModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: int
+) -> None:
+    """Killed before the earlier checkpoint is put aside, and after."""
+    checkpoints.save(module, tmp_path / "x")
+    rename, done = Path.rename, []
+
+    def stop(self: Path, target: Path) -> Path:
+        if len(done) == renamed:
+            (tmp_path / "ready").touch()
+            signal.pause()
+        done.append(self)
+        return rename(self, target)
+
+    child = os.fork()
+    if child == 0:
+        Path.rename = stop  # type: ignore[assignment, method-assign]
+        checkpoints.save(module, tmp_path / "x")
+        os._exit(0)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    (tmp_path / "ready").unlink()
+    left = {path for path in tmp_path.iterdir() if path.name != "x"}
+    assert {path.suffix for path in left} == ({".part", ".old"} if renamed else {".part"})
+    # They are young, so they may be of a process that is at work.
+    checkpoints.save(module, tmp_path / "x")
+    assert left < set(tmp_path.iterdir())
+    others = [tmp_path / f".y.{'0' * 32}.part", tmp_path / ".x.mine.part"]
+    for other in others:
+        other.mkdir()
+    later = time.time() + LEFT_OVER + 60
+    monkeypatch.setattr("zoo.files.time", SimpleNamespace(time=lambda: later))
+    checkpoints.save(module, tmp_path / "x")
+    assert set(tmp_path.iterdir()) == {tmp_path / "x", *others}
+    assert checkpoints.load(tmp_path / "x").network.count == module.network.count
 
 
 def test_a_folder_with_anything_else_is_left_alone(module: TinyModule, folder: Path) -> None:

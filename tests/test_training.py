@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.payloads import PAYLOADS
 from tests.tiny import ROOT, SEGMENT, SHRUNK, run, write_recipe, write_text
 from zoo import checkpoints, figures, training
 from zoo.cards import shipped_folder
-from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError
+from zoo.errors import CheckpointError, ConfigError, DataError, UnknownNameError, ZooError
 from zoo.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from zoo.provenance import source_commit
 from zoo.training import DATA_MODULES, find_recipe, fit, read_recipe
@@ -439,6 +441,21 @@ def test_a_killed_run_is_resumed_bit_for_bit(
     assert [step for step, _ in found] == [
         step for step, _ in figures.read_metrics(done.folder)["val_loss"]
     ][-len(found) :]
+
+
+@pytest.mark.parametrize("make", PAYLOADS)
+def test_a_payload_is_not_resumed(
+    recipe: Path, tmp_path: Path, make: Callable[[Path, Path], None]
+) -> None:
+    out, witness = tmp_path / "run", tmp_path / "witness"
+    out.mkdir()
+    shutil.copy(recipe, out / "recipe.yaml")
+    make(out / "last.ckpt", witness)
+    for read in (lambda: fit(recipe, out=out, resume=True), lambda: training.read_facts(out)):
+        with pytest.raises(CheckpointError, match="more than tensors and plain values") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    assert not witness.exists()
 
 
 def assert_equal(a: Any, b: Any) -> None:

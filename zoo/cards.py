@@ -196,6 +196,8 @@ class Card:
     """Names on the Hub."""
     hub: HubLocation
     paper: Paper
+    base_model: tuple[str, ...] = ()
+    """Repositories on the Hub that the weight was trained on from; none for most."""
     reported: tuple[Reported, ...] = ()
     not_exported: dict[str, str] = dataclasses.field(default_factory=dict)
     """Formats that `zoo export` cannot write of this weight -> the reason."""
@@ -413,6 +415,8 @@ def render(card: Card) -> str:
     """Write a card as Markdown with front matter, the inverse of `parse`."""
     block = to_json(card)
     body = block.pop("body")
+    if not card.base_model:
+        del block["base_model"]
     front_matter = yaml.dump(
         {**_hub_keys(card), "zoo": block},
         Dumper=_Dumper,
@@ -431,6 +435,7 @@ def _hub_keys(card: Card) -> dict[str, Any]:
         "license": card.weights_license,
         "library_name": "zoo",
         "pipeline_tag": pipeline_tag,
+        "base_model": list(card.base_model),
         "datasets": list(card.datasets),
         "tags": ["zoo", "pytorch-lightning", card.family, card.task],
         "model-index": [
@@ -482,7 +487,7 @@ def update(name: str, folder: Path | None = None) -> Card:
     card = computed(typed, folder)
     text = render(card)
     for path in (shipped_folder("model_cards") / f"{card.name}.md", folder / files.CARD_FILE):
-        path.write_text(text, encoding="utf-8")
+        files.write_bytes(path, text.encode())
     _read_cards.cache_clear()
     return card
 
@@ -546,7 +551,7 @@ def record_revision(name: str, revision: str) -> None:
     card = dataclasses.replace(card, hub=dataclasses.replace(card.hub, revision=revision))
     for path in (shelf / f"{name}.md", pretrained_folder(name) / files.CARD_FILE):
         if path.exists():
-            path.write_text(render(card), encoding="utf-8")
+            files.write_bytes(path, render(card).encode())
     _read_cards.cache_clear()
 
 
@@ -558,7 +563,7 @@ def update_readme(path: Path) -> None:
     """
     table = render_readme_table(load_cards().values())
     text = _card_tables.fill(path.read_text(encoding="utf-8"), "models", table, where=str(path))
-    path.write_text(text, encoding="utf-8")
+    files.write_bytes(path, text.encode())
 
 
 def render_readme_table(cards: Iterable[Card]) -> str:

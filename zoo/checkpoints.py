@@ -11,7 +11,6 @@ import dataclasses
 import os
 import pickle
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,9 @@ from zoo.files import (
     FileRecord,
     format_json,
     parse_json,
+    partial_folder,
     read_bytes,
+    remove_leftovers,
 )
 from zoo.registry import architecture, architecture_of
 
@@ -51,6 +52,7 @@ __all__ = [
     "convert",
     "load",
     "read_config",
+    "read_training",
     "save",
     "verify",
 ]
@@ -193,7 +195,7 @@ def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     if folder.exists() and not _replaceable(folder):
         raise CheckpointError(f"{folder} exists and is not a checkpoint folder; choose another.")
     folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
+    partial = partial_folder(folder)
     replaced = partial.with_suffix(".old")
     try:
         partial.mkdir(parents=True)
@@ -202,6 +204,7 @@ def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
+        remove_leftovers(folder)
     except OSError as error:
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
@@ -334,14 +337,7 @@ def convert(
     path = Path(checkpoint)
     if not path.is_file():
         raise CheckpointError(f"{checkpoint} is not a local file; addresses are never opened.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors and plain values; it was not opened."
-        ) from error
-    if not isinstance(content, dict) or not {"zoo_network", "state_dict"} <= content.keys():
-        raise CheckpointError(f"{path} was not written by `zoo fit`.")
+    content = read_training(path)
     recipe = path.with_name(RECIPE_FILE)
     recipe_text = read_bytes(recipe).decode()
     try:
@@ -365,6 +361,23 @@ def convert(
         tensors.pop(alias, None)
     _fill(module.network, tensors, where=f"{path} does not fit {name}")
     save(module, folder, recipe=recipe_text, dtype=dtype)
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """Read a training checkpoint of this project, `last.ckpt`.
+
+    Raises:
+        CheckpointError: When it is not such a file, or holds anything but tensors and plain values.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors and plain values; it was not opened."
+        ) from error
+    if not isinstance(content, dict) or not {"zoo_network", "state_dict"} <= content.keys():
+        raise CheckpointError(f"{path} was not written by `zoo fit`.")
+    return content
 
 
 def _checked_folder(folder: str | os.PathLike[str]) -> Path:

@@ -188,6 +188,12 @@ def _difference(module: ZooModule, path: Path, format: ExportFormat) -> float:
         for ours, theirs in zip(expected, found, strict=True):
             if ours.shape != theirs.shape:
                 return float("inf")
+            finite = ours.isfinite()
+            if not torch.equal(finite, theirs.isfinite()) or not finite.any():
+                return float("inf")
+            if not torch.equal(ours[~finite], theirs[~finite]):  # NaN is no answer on either side
+                return float("inf")
+            ours, theirs = ours[finite], theirs[finite]
             scale = float(ours.abs().max().clamp(min=1e-6))
             worst = max(worst, float((ours - theirs).abs().max()) / scale)
     return worst

@@ -7,6 +7,9 @@ import errno
 import hashlib
 import json
 import re
+import shutil
+import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ CHECKPOINT_FILES = (CARD_FILE, CONFIG_FILE, RECIPE_FILE, RESULTS_FILE, WEIGHTS_F
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 """What writing fails with where there is no space or no permission."""
+
+LEFT_OVER = 3600.0
+"""Seconds after which a folder that is only half written belongs to nobody."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -115,13 +121,47 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: When it cannot be written.
     """
+    write_bytes(path, format_json(values))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, all of it or nothing.
+
+    Raises:
+        CheckpointError: When it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.part")
     try:
-        partial.write_bytes(format_json(values))
+        partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def partial_folder(folder: Path) -> Path:
+    """A hidden name beside `folder`, of this call alone, to fill before it takes its place."""
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed have left under names of `partial_folder`.
+
+    Only what was not touched for an hour: until then it may be of a process that is at work.
+    """
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.(part|old)")
+    for path in folder.parent.iterdir():
+        if name.fullmatch(path.name) and time.time() - _touched(path) > LEFT_OVER:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _touched(folder: Path) -> float:
+    """When the folder or a file in it was last written or renamed."""
+    try:
+        states = [path.stat() for path in (folder, *folder.iterdir())]
+    except OSError:  # somebody else is removing it
+        return time.time()
+    return max(max(state.st_mtime, state.st_ctime) for state in states)
 
 
 def format_json(values: Mapping[str, Any]) -> bytes:

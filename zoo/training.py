@@ -353,10 +353,13 @@ def fit(
         ConfigError: the recipe is not usable, or differs from the one that is resumed.
         DataError: the data are missing or too small.
         ZooError: the run folder holds a run and `resume` is False, or cannot be written.
+        CheckpointError: `last.ckpt` is damaged, or holds more than tensors and plain values.
         KeyboardInterrupt: the training was interrupted; its text says how to go on.
     """
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
+
+    from zoo import checkpoints
 
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
@@ -367,6 +370,8 @@ def fit(
             f"{folder} holds an earlier run; add --resume to go on with it, or choose another "
             "--out folder."
         )
+    if last.exists():
+        checkpoints.read_training(last)  # Lightning refuses what is unsafe too, in many lines
     with warnings.catch_warnings():
         _quieten()
         bar = recipe.options.get("trainer", {}).get("enable_progress_bar", True)
@@ -395,7 +400,6 @@ def fit(
                 ckpt_path=str(last) if last.exists() else None,
                 weights_only=True,
             )
-    from zoo import checkpoints
 
     cli.model.eval()
     checkpoint = folder / "checkpoint"
@@ -417,16 +421,15 @@ def read_facts(run: Path) -> dict[str, Any]:
     """What a run folder knows about its training, as plain JSON.
 
     Raises:
-        ZooError: there is no training checkpoint and recipe in the folder.
+        ZooError: there is no sound training checkpoint and recipe in the folder.
     """
-    import torch
-
+    from zoo import checkpoints
     from zoo.provenance import machine
 
     last = run / "last.ckpt"
     if not last.is_file() or not (run / "recipe.yaml").is_file():
         raise ZooError(f"{run} is no run folder: it needs last.ckpt and recipe.yaml.")
-    content = torch.load(last, map_location="cpu", weights_only=True)
+    content = checkpoints.read_training(last)
     recipe = read_recipe(run / "recipe.yaml")
     # The key is the qualified name, which says in which function the class stands.
     watch = next(s for key, s in content["callbacks"].items() if key.endswith("Stopwatch"))

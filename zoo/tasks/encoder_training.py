@@ -13,7 +13,7 @@ from zoo.data.encoder_images import EncoderImages
 from zoo.data.images import ImageBatch, ImagePreprocessing
 from zoo.errors import ZooError
 from zoo.families.online_ensemble import EncoderNetwork, EncoderNetworkConfig
-from zoo.tasks.base import Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
 from zoo.tasks.optimization import OptimizerConfig
 
 __all__ = ["EncoderTraining"]
@@ -98,6 +98,15 @@ class EncoderTraining(ZooModule):
         """Multiply-accumulates of the encoder per image."""
         return count_macs(self.network.encoder, batch.images[:1])
 
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Images B x C x H x W with values from 0 to 1 in, encodings B x d out."""
+        shape = (batch, *self.config.encoder.input_shape)
+        return Exportable(
+            network=_Encodings(self.network),
+            inputs={"images": torch.rand(shape, generator=generator)},
+            outputs=("encodings",),
+        )
+
     @torch.no_grad()
     def measure(self, datamodule: EncoderImages, protocol: str) -> Measurement:  # type: ignore[override]
         """Mean squared error of a pixel, or accuracy from 0 to 1; sampling units are images.
@@ -128,3 +137,14 @@ class EncoderTraining(ZooModule):
             kind="proportion" if classifies else "mean",
             split="test",
         )
+
+
+class _Encodings(torch.nn.Module):
+    """The encodings in a tuple, as exported programs have them."""
+
+    def __init__(self, network: EncoderNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (self.network(images),)

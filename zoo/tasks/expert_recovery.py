@@ -15,7 +15,7 @@ from zoo.data.expert_recovery import ExpertRecoveryDataModule, RegressionBatch
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.dselect_k import RegressionConfig, RegressionNet
 from zoo.families.dselect_k.gates import ACTIVE_TOLERANCE
-from zoo.tasks.base import Measurement, count_macs
+from zoo.tasks.base import Exportable, Measurement, count_macs
 from zoo.tasks.mixtures import MixtureModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -165,6 +165,11 @@ class ExpertRecovery(MixtureModule):
         self.log("val_loss", error, prog_bar=True, batch_size=len(batch.inputs))
         reports = self.network.report()
         self.log("active", sum(r.active for r in reports) / len(reports), batch_size=1)
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Inputs B x p in, answers of all tasks B x T out."""
+        shape = (batch, self.config.in_features)
+        return self._exportable({"inputs": torch.randn(shape, generator=generator)})
 
     def samples(self, batch: RegressionBatch) -> int:
         return len(batch.inputs)

@@ -66,7 +66,7 @@ def _average(
         torch._foreach_copy_(averaged, current)
 
 
-class _FromPixels(nn.Module):
+class FromPixels(nn.Module):
     """A network with the normalisation of its images before it."""
 
     scale: Tensor
@@ -267,7 +267,7 @@ class ImageClassifier(ZooModule):
             raise ConfigError("The model does not know the size of its images before it is trained")
         shape = (batch, self.preprocessing.channels, *self.preprocessing.size)
         return Exportable(
-            network=_FromPixels(self.published_network, self.preprocessing),
+            network=FromPixels(self.published_network, self.preprocessing),
             inputs={"images": torch.rand(shape, generator=generator)},
             outputs=("logits",),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.cards import pretrained_folder
 from zoo.configs import build, to_json
@@ -18,10 +19,11 @@ from zoo.data.images import ImagePreprocessing
 from zoo.data.streams import StreamBatch, StreamDataModule, StreamRecord, cached_encodings
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.online_ensemble import OnlineNetwork, OnlineNetworkConfig
+from zoo.families.online_ensemble.learners import MomentLearner
 from zoo.files import WEIGHTS_FILE, format_json
 from zoo.progress import track
-from zoo.tasks.base import Measurement, ZooModule, count_macs
-from zoo.tasks.image_classification import ImagePrediction, images_of
+from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
+from zoo.tasks.image_classification import FromPixels, ImagePrediction, images_of
 from zoo.tasks.optimization import OptimizerConfig
 
 __all__ = ["OnlineClassifier"]
@@ -310,6 +312,32 @@ class OnlineClassifier(ZooModule):
             values = checkpoint["zoo_preprocessing"]
             self.preprocessing = build(ImagePreprocessing, values, "training checkpoint")
 
+    @torch.no_grad()
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Images B x C x H x W with values from 0 to 1 in, scores of all classes B x C out, minus
+        infinity for classes that were never seen; what has been learned so far, frozen.
+
+        Raises:
+            ConfigError: nothing has been learned yet, there is no encoder, or what a sample gets
+                depends on the others in its batch.
+        """
+        config = self.network.config
+        if config.encoder.kind == "none":
+            raise ConfigError("there is no encoder, so images cannot be what a program takes")
+        if config.learner == "ensemble" and config.ensemble.batch_scaled:
+            raise ConfigError("batch_scaled lets the samples of a batch change each other's scores")
+        shape = (batch, *config.encoder.input_shape)
+        images = torch.rand(shape, generator=generator)
+        try:
+            self.network(images)  # solves for the weights, once
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return Exportable(
+            network=FromPixels(_FrozenScores(self.network), self._known_preprocessing()),
+            inputs={"images": images},
+            outputs=("scores",),
+        )
+
     # --------------------------------------------------------------- evaluation
 
     def samples(self, batch: StreamBatch) -> int:
@@ -360,3 +388,18 @@ class OnlineClassifier(ZooModule):
             kind="proportion",
             split="test",
         )
+
+
+class _FrozenScores(nn.Module):
+    """Images to scores by what has been learned, without a look at values."""
+
+    def __init__(self, network: OnlineNetwork) -> None:
+        super().__init__()
+        self.encoder, self.learner = network.encoder, copy.deepcopy(network.learner)
+        if isinstance(self.learner, MomentLearner):
+            # It has been solved, and the moments would be most of the file.
+            self.learner.gram = self.learner.gram[:0, :0].clone()
+            self.learner.sums = self.learner.sums[:0].clone()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.learner.unchecked(self.encoder(images))

@@ -20,7 +20,7 @@ from zoo.families.continuous_depth.trajectories import (
     build_trajectory_network,
 )
 from zoo.progress import track
-from zoo.tasks.base import Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
 from zoo.tasks.continuous_depth import TaskSolverKnob
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -105,6 +105,17 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
         """Multiply-accumulates per spiral of predicting the 100 points after the window."""
         after = [(WINDOW + i + 1) * SPACING for i in range(WINDOW)]
         return count_macs(self.network, batch.times[:1], batch.values[:1], after)
+
+    def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a model of trajectories takes any number of observations and is asked for any times, "
+            "where an exported program has one number of each"
+        )
 
     @torch.no_grad()
     def measure(self, datamodule: SpiralDataModule, protocol: str) -> Measurement:  # type: ignore[override]
