@@ -272,7 +272,7 @@ class MomentLearner(OnlineLearner):
                 full = triangle.new_empty(self.gram.shape)
                 full[rows, columns] = full[columns, rows] = triangle
                 state_dict = {**state_dict, f"{prefix}gram": full}
-        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MomentLearner:
         self._solution = None
