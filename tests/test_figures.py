@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +165,33 @@ def test_loss_curves_of_controls(tmp_path: Path) -> None:
     (tmp_path / "1" / "logs" / "part_0" / "metrics.csv").write_text("step,train_loss\n9,3.0\n")
     with pytest.raises(ZooError, match="logged no val_loss; there is: train_loss"):
         figures.draw_controls({"model": runs}, "nats", tmp_path / "controls.png")
+
+
+def test_a_stream_is_drawn_class_by_class(tmp_path: Path) -> None:
+    curves = {
+        "class_accuracy/cat": [(2, 0.9), (4, 0.7)],
+        "class_accuracy/dog": [(2, 0.0), (4, 0.8)],
+        "membership/cat/0": [(4, 0.1)],
+        "membership/cat/1": [(4, 0.9)],
+        "membership/dog/0": [(4, 0.6)],
+        "membership/dog/1": [(4, 0.4)],
+    }
+    drawn: list[Any] = []
+    original = figures._figure
+
+    @contextmanager
+    def watched(path: Path, *size: float) -> Iterator[Any]:
+        with original(path, *size) as axes:
+            drawn.append(axes)
+            yield axes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_figure", watched)
+        paths = figures._stream(None, tmp_path, curves, tmp_path)
+    assert [path.name for path in paths] == ["stream.png", "forgetting.png", "classifiers.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn[0].lines}
+    assert lines["cat"] == [90.0, 70.0]
+    assert lines["mean of all"] == pytest.approx([45.0, 75.0])
+    assert [bar.get_height() for bar in drawn[1].patches] == pytest.approx([20.0, 0.0])
+    assert drawn[2].images[0].get_array().tolist() == [[0.1, 0.9], [0.6, 0.4]]

@@ -33,6 +33,7 @@ _PIPELINE_TAGS = {
     "image-classification": "image-classification",
     "image-pair-classification": "image-classification",
     "language-modeling": "text-generation",
+    "online-learning": "image-classification",
 }
 """Our task -> the Hub's name for it. A task that is not here gets no tag."""
 

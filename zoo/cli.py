@@ -422,6 +422,7 @@ def _predict_images(module: Any, options: argparse.Namespace) -> int:
 _PREDICTORS: dict[str, tuple[tuple[str, ...], Callable[[Any, argparse.Namespace], int]]] = {
     "image-classification": (("image",), _predict_images),
     "language-modeling": (("text", "file"), _predict_texts),
+    "online-learning": (("image",), _predict_images),
 }
 """Task -> options that its input comes by, and what shows its predictions."""
 

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _WINDOW = 10
+_FEW_CLASSES = 20
 
 Metrics = dict[str, list[tuple[int, float]]]
 """Logged values by name, as (step, value)."""
@@ -60,7 +61,7 @@ def draw(
     module = checkpoints.load(folder, files=card.files)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
-    if run is not None:
+    if run is not None and card.task != "online-learning":  # which has no loss
         paths.append(_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ())))
     for drawer in _DRAWERS.get(card.task, ()):
         paths += drawer(module, folder, metrics, out)
@@ -390,6 +391,52 @@ def _experts(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Pat
     return paths
 
 
+def _stream(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path]:
+    """Accuracy of each class over a stream, what was forgotten of it, and what it selects."""
+    if not metrics:
+        return []
+    curves = _by_name(metrics, "class_accuracy/")
+    paths = [out / "stream.png", out / "forgetting.png"]
+    with _figure(paths[0]) as axes:
+        steps = [step for step, _ in next(iter(curves.values()))]
+        few = len(curves) <= _FEW_CLASSES
+        for name, curve in curves.items():
+            label = name if few else None
+            axes.plot(steps, [100 * value for _, value in curve], lw=1, alpha=0.7, label=label)
+        columns = zip(*([value for _, value in curve] for curve in curves.values()), strict=True)
+        means = [100 * statistics.fmean(column) for column in columns]
+        axes.plot(steps, means, "ko-", label="mean of all")
+        axes.set(xlabel="batches learned", ylabel="accuracy, %")
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    with _figure(paths[1]) as axes:
+        values = [[value for _, value in curve] for curve in curves.values()]
+        lost = [100 * (max(column) - column[-1]) for column in values]
+        axes.bar(list(curves) if few else range(len(curves)), lost)
+        axes.set(xlabel="class", ylabel="best accuracy minus last, points")
+        axes.tick_params(axis="x", labelrotation=45 if few else 0)
+    selected = _by_name(metrics, "membership/")
+    if selected:
+        paths.append(out / "classifiers.png")
+        rows: dict[str, list[float]] = {}
+        for key, series in selected.items():
+            rows.setdefault(key.rsplit("/", 1)[0], []).append(series[-1][1])
+        with _figure(paths[-1]) as axes:
+            image = axes.imshow(list(rows.values()), aspect="auto", interpolation="nearest")
+            axes.set(xlabel="classifier", ylabel="class")
+            if few:
+                axes.set_yticks(range(len(rows)), list(rows))
+            axes.figure.colorbar(image, label="mean membership, test images")
+    return paths
+
+
+def _by_name(metrics: Metrics, prefix: str) -> Metrics:
+    return {
+        key.removeprefix(prefix): series
+        for key, series in metrics.items()
+        if key.startswith(prefix)
+    }
+
+
 Drawer = Callable[[Any, Path, Metrics, Path], list[Path]]
 
 _LOSS: dict[str, tuple[str, str]] = {
@@ -405,6 +452,7 @@ _DRAWERS: dict[str, tuple[Drawer, ...]] = {
     "image-classification": (_accuracy, _solvers),
     "image-pair-classification": (_experts,),
     "language-modeling": (_language_model,),
+    "online-learning": (_stream,),
     "recommendation": (_experts,),
     "trajectory-forecasting": (_trajectories,),
 }

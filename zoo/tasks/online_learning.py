@@ -293,7 +293,29 @@ class OnlineClassifier(ZooModule):
             )
             accuracy = self.record.final_accuracy
             self.log("val_accuracy", accuracy, prog_bar=True)
+            self._log_measurement(datamodule, batch_idx + 1)
         return done
+
+    @torch.no_grad()
+    def _log_measurement(self, datamodule: StreamDataModule, step: int) -> None:
+        """Accuracy of each class, and at the end how far each selects each classifier."""
+        assert self.record is not None
+        assert self._test_encodings is not None
+        if self.trainer.logger is None:
+            return
+        named = datamodule.preprocessing.classes
+        found = self.record.per_class[-1].tolist()
+        values = {f"class_accuracy/{name}": value for name, value in zip(named, found, strict=True)}
+        learner = self.network.learner
+        if step == len(datamodule.stream) and hasattr(learner, "memberships"):
+            parts = torch.split(self._test_encodings, _BATCH)
+            selected = torch.cat(
+                [learner.memberships(part.to(self.device)).cpu() for part in parts]
+            )
+            for index, name in enumerate(named):
+                mean = selected[datamodule.test_labels == index].mean(0)
+                values |= {f"membership/{name}/{n}": m for n, m in enumerate(mean.tolist())}
+        self.trainer.logger.log_metrics(values, step=step)
 
     def on_train_end(self) -> None:
         if self.record is not None and self.trainer.logger is not None:
