@@ -189,17 +189,21 @@ def _fetch(
     """
     import huggingface_hub
 
+    if offline:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        # Its download of local files alone may ask the Hub which program is asking.
+        found = huggingface_hub.try_to_load_from_cache(repo_id, name, revision=revision)
+        if not isinstance(found, str):
+            raise LocalEntryNotFoundError(f"{name} of {repo_id} is not in the cache.")
+        return Path(found)
+
     def ask() -> str:
         return huggingface_hub.hf_hub_download(
-            repo_id,
-            name,
-            revision=revision,
-            local_files_only=offline,
-            force_download=force,
-            library_name="zoo",
+            repo_id, name, revision=revision, force_download=force, library_name="zoo"
         )
 
-    return Path(ask() if offline else _persistently(repo_id, ask))
+    return Path(_persistently(repo_id, ask))
 
 
 def _persistently(repo_id: str, ask: Callable[[], str]) -> str:

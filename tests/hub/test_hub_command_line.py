@@ -170,6 +170,7 @@ def test_from_the_sandbox_to_a_load_without_it(
     try:
         offline = python("-c", _GENERATE, f"{REPO}@{first['commit']}", home="fresh")
         assert offline.stdout.strip() == expected.strip(), offline.stderr
+        assert listener.visits == 0, "loaded by its commit"
         command("pull", f"{REPO}@v1", home="fresh", HF_HUB_OFFLINE="1")
         assert listener.visits == 0
         # The count can tell: a tag that may have moved is asked for.
