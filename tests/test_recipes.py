@@ -32,6 +32,8 @@ TO_TRAIN = {
     "latent-ode.spirals-30",
     "latent-ode.spirals-50",
     "ode-resnet.fashion-mnist",
+    "online-ensemble.split-cifar100",
+    "online-ensemble.split-fashion-mnist",
     "ode-resnet.mnist",
     "sau-shufflenet-v2-x0-5.cifar100",
     "sau-shufflenet-v2-x0-5.fashion-mnist",
