@@ -37,6 +37,7 @@ _PIPELINE_TAGS = {
 """Our task -> the Hub's name for it. A task that is not here gets no tag."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -199,6 +200,8 @@ class Card:
     reported: tuple[Reported, ...] = ()
     not_exported: dict[str, str] = dataclasses.field(default_factory=dict)
     """Formats that `zoo export` cannot write of this weight -> the reason."""
+    base_model: str = ""
+    """What it was fine-tuned from: a weight of the zoo, a repository on the Hub, or in words."""
 
     family: str = ""
     task: str = ""
@@ -413,6 +416,8 @@ def render(card: Card) -> str:
     """Write a card as Markdown with front matter, the inverse of `parse`."""
     block = to_json(card)
     body = block.pop("body")
+    if not card.base_model:
+        del block["base_model"]
     front_matter = yaml.dump(
         {**_hub_keys(card), "zoo": block},
         Dumper=_Dumper,
@@ -432,6 +437,7 @@ def _hub_keys(card: Card) -> dict[str, Any]:
         "library_name": "zoo",
         "pipeline_tag": pipeline_tag,
         "datasets": list(card.datasets),
+        "base_model": _base_repository(card),
         "tags": ["zoo", "pytorch-lightning", card.family, card.task],
         "model-index": [
             {
@@ -458,6 +464,16 @@ def _hub_keys(card: Card) -> dict[str, Any]:
         ],
     }
     return {key: value for key, value in keys.items() if value}
+
+
+def _base_repository(card: Card) -> str | None:
+    """The repository on the Hub of what a weight was fine-tuned from, where it has one."""
+    known = load_cards().get(card.base_model) if card.base_model else None
+    name = card.base_model.removeprefix("hf://").partition("@")[0] if known is None else ""
+    if known is not None:
+        return known.hub.repo_id
+    # A path of the same form would be a folder on this machine, which the Hub has nothing of.
+    return name if _REPOSITORY.fullmatch(name) and not Path(name).exists() else None
 
 
 # --- what is computed ----------------------------------------------------------------------------

@@ -182,6 +182,39 @@ def _parser() -> _Parser:
     sub = command("fit", _fit, "train from a recipe")
     _add_run_options(sub, "recipe")
 
+    sub = command("finetune", _finetune, "fine-tune a model on data of your own")
+    sub.add_argument("name", help="a weight, a checkpoint folder, or owner/name on the Hub")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub.add_argument(
+        "--data",
+        required=True,
+        help="a folder of class folders, a CSV of ratings, or a text file",
+    )
+    sub.add_argument("--epochs", type=int, default=3, help="passes over the data (3)")
+    sub.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (0.001)")
+    sub.add_argument(
+        "--freeze",
+        action="append",
+        metavar="PART",
+        help="encoder, or names with shell wildcards; may be repeated",
+    )
+    sub.add_argument("--layer-decay", type=float, help="of the learning rate, per group of layers")
+    sub.add_argument("--adapters", choices=["lora", "lora-fa"], help="train these alone")
+    sub.add_argument("--rank", type=int, default=8, help="of the adapters (8)")
+    sub.add_argument("--alpha", type=float, help="scales the adapters by alpha / rank")
+    sub.add_argument(
+        "--target", action="append", metavar="LAYER", help="that gets one; may be repeated"
+    )
+    sub.add_argument("--num-classes", type=int, help="that the data must have")
+    sub.add_argument("--seed", type=_seed, default=0, help="makes the result repeatable (0)")
+    sub.add_argument("--out", help="run folder; one that was interrupted goes on")
+    sub.add_argument("--weight-name", metavar="NAME", help="of the new weight, after the dot")
+    sub.add_argument("--data-license", default="", help="for the card")
+    sub.add_argument("--accelerator", help="of Lightning, as cpu or gpu")
+    sub.add_argument("--devices", type=int, help="processes on each machine")
+    sub.add_argument("--num-nodes", type=int, help="machines")
+    sub.add_argument("--strategy", help="of Lightning, as ddp or fsdp")
+
     sub = command("controls", _controls, "train the controls of a weight and record them")
     sub.add_argument("name")
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -620,6 +653,47 @@ def _fit(options: argparse.Namespace) -> int:
             f"Trained in {run.wall_minutes:.1f} min ({run.cpu_minutes:.1f} CPU min). "
             f"Checkpoint folder: {run.checkpoint}"
         )
+    return OK
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from zoo import finetuning
+
+    freeze = options.freeze
+    with _chatter():
+        module = finetuning.finetune(
+            options.name,
+            options.data,
+            epochs=options.epochs,
+            lr=options.lr,
+            freeze=freeze[0] if freeze and len(freeze) == 1 else freeze,
+            layer_decay=options.layer_decay,
+            adapters=options.adapters,
+            rank=options.rank,
+            alpha=options.alpha,
+            target=options.target,
+            num_classes=options.num_classes,
+            seed=options.seed,
+            out=options.out,
+            name=options.weight_name,
+            data_license=options.data_license,
+            accelerator=options.accelerator,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            strategy=options.strategy,
+            overrides=options.overrides,
+        )
+    done = module.finetuned
+    if done is None:
+        return OK  # one of several processes, and not the first
+    if options.json:
+        from zoo.configs import to_json
+
+        measured = {name: [to_json(o) for o in getattr(done, name)] for name in ("before", "after")}
+        _print_json({"checkpoint": str(done.checkpoint), **measured})
+        return OK
+    _table(["protocol", "metric", "n", "before", "after"], finetuning.rows(done))
+    print(f"Checkpoint folder: {done.checkpoint}")
     return OK
 
 

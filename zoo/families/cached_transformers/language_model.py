@@ -315,9 +315,9 @@ class CachedTransformerLM(nn.Module):
         ]
         return torch.stack(weights) if weights else None
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
-        return {"stem": r"^embedding", "blocks": r"^blocks\.(\d+)", "head": r"^(norm|head)"}
+        return {"stem": r"^embedding", "blocks": r"^blocks\.(\d+)", "head": r"^(?:norm|head)"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: embeddings, gains and mixing logits."""

@@ -310,9 +310,9 @@ class ODEResNet(SolverKnob, nn.Module):
         """Logits, B x num_classes, of images, B x in_channels x H x W."""
         return self.forward_head(self.forward_features(images))
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
-        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)", "head": r"^(norm|head)"}
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)", "head": r"^(?:norm|head)"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: gains and biases, those of theta(t) too."""
