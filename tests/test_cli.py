@@ -46,6 +46,7 @@ TESTED_ELSEWHERE = {
     "export",
     "hub-sandbox",
     "finetune",
+    "memory",
     "recommend",
     "recovery",
     "learn",

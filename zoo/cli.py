@@ -230,6 +230,9 @@ def _parser() -> _Parser:
     sub.add_argument("--out", default="runs/recovery", help="folder of the runs")
     sub.add_argument("--figure", metavar="FILE", help="draw error and recovery into this file")
 
+    sub = command("memory", _memory, "what is kept for the backward pass, by what is trained")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="networks of the table (all)")
+
     sub = command("convert", _convert, "make a checkpoint folder of a training checkpoint")
     sub.add_argument("checkpoint", help="last.ckpt of a run folder")
     sub.add_argument("folder", help="checkpoint folder to write")
@@ -751,6 +754,21 @@ def _recovery(options: argparse.Namespace) -> int:
         cells = [f"{s.mean:.4f} ({s.interval[0]:.4f} to {s.interval[1]:.4f})" for s in summaries]
         rows.append([arm.gate, f"{arm.tasks}", *cells])
     _table(["gate", "tasks", "error", "Jaccard", "active experts", "minutes"], rows)
+    return OK
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from zoo import memory_table
+    from zoo.progress import track
+
+    total = len(options.names or memory_table.NETWORKS) * len(memory_table.POLICIES)
+    measured = list(track(memory_table.measure(options.names), "Measuring", total))
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([{**to_json(row), "ratio": row.ratio} for row in measured])
+    else:
+        _table(*memory_table.rows(measured))
     return OK
 
 

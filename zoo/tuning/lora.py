@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError, nearest
 from zoo.tuning.freezing import freeze
+from zoo.tuning.memory import convolution
 
 __all__ = [
     "Variant",
@@ -77,11 +78,11 @@ class _LoRAConv2d(_Adapted, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """B x in x H x W to B x out x H' x W'."""
-        y = F.conv2d(x, self._parameters["weight"], self.bias, self.stride, self.padding)
+        y = convolution(x, self._parameters["weight"], self.bias, self.stride, self.padding)
         if self.unmerged is not None:
             return y
-        low = F.conv2d(x, self.lora_a, None, self.stride, self.padding)
-        return y + self.lora_scale * F.conv2d(low, self.lora_b)
+        low = convolution(x, self.lora_a, None, self.stride, self.padding)
+        return y + self.lora_scale * convolution(low, self.lora_b)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {

@@ -2,9 +2,9 @@
 
 For a layer that is linear in its parameters, the gradient of the input takes the weight, and that
 of the weight takes the input. PyTorch keeps both, whichever of them is asked for, in convolutions
-and in batch normalisation; it keeps the input of pooling, of which only the shape is read, and a whole
-float per element of a ReLU, of which one bit is read. `save_memory` makes these layers keep what is
-used, which changes neither outputs nor gradients. Linear layers need no such help.
+and in batch normalisation; it keeps the input of pooling, of which only the shape is read, and a
+whole float per element of a ReLU, of which one bit is read. `save_memory` makes these layers keep
+what is used, which changes neither outputs nor gradients. Linear layers need no such help.
 
 Sources: Bhatia, Dangel, "Lowering PyTorch's Memory Consumption for Selective Differentiation"
 (arXiv:2404.12406); Chen et al., "Training Deep Nets with Sublinear Memory Cost"
@@ -382,7 +382,7 @@ class _LeakPerChannel(torch.autograd.Function):
         kept, slope = ctx.saved_tensors
         if kept.dtype == torch.bool:
             kept = _as_numbers(kept, grads[0].dtype)
-        in_x, in_slope = _aten._prelu_kernel_backward(kept, slope, grads[0])
+        in_x, in_slope = _aten._prelu_kernel_backward(grads[0], kept, slope)
         return in_x, in_slope.sum_to_size(slope.shape) if ctx.needs_input_grad[1] else None
 
 
@@ -640,10 +640,13 @@ def _reads_its_input(module: nn.Module) -> bool:
     """Whether the backward pass through a module, as it is now, takes its input."""
     if isinstance(module, _SavingBatchNorm):
         return module.training or module.running_mean is None or not _frozen(module.weight)
-    if type(module) not in _LINEAR:
+    if type(module) not in _LINEAR and not hasattr(module, "lora_a"):
         return True
+    # Of an adapter, the outer matrix takes the product with the inner one.
     return any(
-        not _frozen(parameter) for name, parameter in module._parameters.items() if name != "bias"
+        not _frozen(parameter)
+        for name, parameter in module._parameters.items()
+        if name not in ("bias", "lora_b")
     )
 
 
