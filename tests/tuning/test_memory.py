@@ -179,14 +179,23 @@ def test_never_more_than_plain_and_the_same_gradients(
     # where its input is the batch or is kept by another layer.
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     assert graph_bytes(ours, x) <= graph_bytes(network, x) + 32 * norms
-    found = []
-    for one in (ours, network):
-        torch.manual_seed(1)
-        loss = one(x).square().sum()
-        wanted = [t for t in (x, *one.parameters()) if t.requires_grad]
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else ()
-        found.append([loss.detach(), *grads])
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    expected = _pass(network, x)
+    if expected is not None:
+        torch.testing.assert_close(_pass(ours, x), expected, rtol=1e-9, atol=1e-9)
+
+
+def _pass(network: nn.Module, x: Tensor) -> list[Tensor | None] | None:
+    """Loss and gradients; None where a layer overwrites what another needs, as torch reports."""
+    torch.manual_seed(1)
+    loss = network(x).square().sum()
+    wanted = [t for t in (x, *network.parameters()) if t.requires_grad]
+    try:
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        return None
+    return [loss.detach(), *grads]
 
 
 def test_a_mask_only_where_nobody_keeps_the_output() -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -379,11 +379,17 @@ class _LeakPerChannel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        (grad,) = grads
         kept, slope = ctx.saved_tensors
-        if kept.dtype == torch.bool:
-            kept = _as_numbers(kept, grads[0].dtype)
-        in_x, in_slope = _aten._prelu_kernel_backward(grads[0], kept, slope)
-        return in_x, in_slope.sum_to_size(slope.shape) if ctx.needs_input_grad[1] else None
+        in_slope = None
+        if ctx.needs_input_grad[1]:
+            in_slope = (grad * kept.clamp(max=0)).sum_to_size(slope.shape)
+            kept = kept > 0
+        above = _as_numbers(kept, grad.dtype)
+        # One of the two is zero everywhere, so that the sum is exact.
+        steep = _aten.threshold_backward(grad, above, 0)
+        flat = _aten.threshold_backward(grad, 1 - above, 0)
+        return steep + slope * flat, in_slope
 
 
 class _SavingActivation(nn.Module):
@@ -700,15 +706,22 @@ def _readers(model: nn.Module, path: str) -> tuple[nn.Module, ...] | None:
 
 
 def _next_block(model: nn.Module, path: str) -> list[nn.Module]:
-    """What has a weight in the block that is defined after one."""
+    """What has a weight in the first block with any that is defined after one."""
     while path:
-        for module in _following(model, path):
-            while type(module) in (nn.Sequential, nn.ModuleList) and len(module):  # type: ignore[arg-type]
-                module = next(iter(module.children()))
+        for module in _blocks(_following(model, path)):
             if found := _weighted(module):
                 return found
         path = path.rpartition(".")[0]
     return []
+
+
+def _blocks(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules, with sequences and lists taken apart."""
+    for module in modules:
+        if type(module) in (nn.Sequential, nn.ModuleList):
+            yield from _blocks(module.children())
+        else:
+            yield module
 
 
 # --- models --------------------------------------------------------------------------------------
