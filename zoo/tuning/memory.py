@@ -379,7 +379,7 @@ class _LeakPerChannel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
-        (grad,) = grads
+        grad = grads[0]
         kept, slope = ctx.saved_tensors
         in_slope = None
         if ctx.needs_input_grad[1]:
