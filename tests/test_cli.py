@@ -48,6 +48,7 @@ TESTED_ELSEWHERE = {
     "finetune",
     "recommend",
     "recovery",
+    "transfer",
     "learn",
 }
 """Where a command has a test file of its own, below tests/hub or beside its task."""

@@ -21,7 +21,7 @@ import zoo
 from tests.hub import published
 from tests.tiny import ROOT, run, write_text
 from tests.tiny_images import CLASSES, SIZE, registered, write_folder, write_recipe
-from zoo import cards, checkpoints, evaluation, finetuning, publishing, training
+from zoo import cards, checkpoints, evaluation, figures, finetuning, publishing, training
 from zoo.adaptation import ADAPTER_FILE
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.files import CARD_FILE, CHECKPOINT_FILES, RESULTS_FILE, WEIGHTS_FILE
@@ -506,3 +506,50 @@ def test_kinds_of_data(name: str, kind: str, tmp_path: Path) -> None:
     assert finetuning.detect(tmp_path) == "images"
     with pytest.raises(DataError, match="There is no file or folder"):
         finetuning.detect(tmp_path / "b" / "c")
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    """The validation loss after every step, and the weights, at equal global batch."""
+    lm = published.write_weight(tmp_path / "lm")
+    text = write_text(tmp_path, 60)
+    said = {}
+    for name, words in {
+        "one": ["--devices", "1"],
+        "two": ["--devices", "2", "--strategy", "ddp"],
+    }.items():
+        command = [
+            "finetune",
+            lm,
+            "--data",
+            text,
+            "--epochs",
+            "2",
+            "--out",
+            tmp_path / name,
+            *words,
+        ]
+        options = ["--accelerator", "cpu", "data.streams=4", "trainer.val_check_interval=1"]
+        done = subprocess.run(
+            [sys.executable, "-m", "zoo.cli", *map(str, command), *options, "--json"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        said[name] = json.loads(done.stdout)
+    curves = {name: figures.read_metrics(tmp_path / name)["val_loss"] for name in said}
+    assert len(curves["one"]) >= 10
+    assert [step for step, _ in curves["two"]] == [step for step, _ in curves["one"]]
+    values = [[value for _, value in curves[name]] for name in ("one", "two")]
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    assert values[0][-1] < values[0][0]
+    one, two = (tensors(tmp_path / name / "checkpoint") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    for key in ("n", "protocol"):
+        assert [o[key] for o in said["one"]["after"]] == [o[key] for o in said["two"]["after"]]
