@@ -154,8 +154,13 @@ def write_ratings(folder: Path) -> Path:
 
 def test_a_recommender_meets_new_users(tmp_path: Path) -> None:
     path = write_ratings(tmp_path / "data")
-    tiny = ["model.network.embedding_dim=4", "model.network.expert_widths=[8]",
-            "model.network.tower_widths=[4]", "trainer.max_epochs=1", "data.batch_size=64"]  # fmt: skip
+    tiny = [
+        "model.network.embedding_dim=4",
+        "model.network.expert_widths=[8]",
+        "model.network.tower_widths=[4]",
+        "trainer.max_epochs=1",
+        "data.batch_size=64",
+    ]
     points = transfer.run(
         "new-users",
         amounts=[3],
@@ -210,7 +215,7 @@ def test_every_example_has_a_recipe_of_its_base() -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="No example 'austin'. Did you mean 'austen'"):
+    with pytest.raises(UnknownNameError, match=r"No example 'austin'\. Did you mean 'austen'"):
         transfer.run("austin")
     with pytest.raises(ConfigError, match="at least one seed, and amounts of at least 1"):
         transfer.run("austen", seeds=())

@@ -105,15 +105,16 @@ def test_the_card_names_base_and_data_and_what_was_measured(
 ) -> None:
     text = (done.finetuned.checkpoint / CARD_FILE).read_text()
     card = cards.parse(text)
-    assert card.base_model == str(base)
+    assert card.base_model == "tiny-classifier.made"
     assert "\nbase_model:" not in text, "a folder of this machine is none of the Hub's business"
     assert card.results[0].dataset == four.name
     assert card.results[0].value == done.finetuned.after[0].value
-    assert str(four.parent) not in card.body
+    assert str(four) not in text
+    assert str(base) not in text
     for row in finetuning.rows(done.finetuned):
         assert f"| {' | '.join(row)} |" in card.body
     stored = json.loads((done.finetuned.checkpoint / RESULTS_FILE).read_text())["training"]
-    assert stored["finetune"]["base_model"] == str(base)
+    assert stored["finetune"]["base_model"] == "tiny-classifier.made"
     assert stored["before"][0]["value"] == done.finetuned.before[0].value
     assert cards.computed(card, done.finetuned.checkpoint) == card
 
