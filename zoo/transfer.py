@@ -127,7 +127,8 @@ def _write_text(
     part = text[place : min(place + amount, len(text) - held)] + text[-held:]
     path = folder / "text.txt"
     path.write_bytes(part)
-    return path, {"validation_fraction": held / len(part)}
+    # The half keeps rounding away from the byte at the boundary.
+    return path, {"validation_fraction": (held - 0.5) / len(part)}
 
 
 def _few(dataset: str) -> Callable[[Path, int, int, Path | None], tuple[Path, dict[str, Any]]]:
