@@ -234,9 +234,10 @@ def _base(model: str | os.PathLike[str] | ZooModule) -> _Base:
     if not isinstance(model, (str, os.PathLike)):
         from zoo.tasks.base import ZooModule
 
-        if not isinstance(model, ZooModule):
+        given: Any = model
+        if not isinstance(given, ZooModule):
             raise ConfigError(
-                f"A {type(model).__name__} is no model of the zoo, nor a name of one."
+                f"A {type(given).__name__} is no model of the zoo, nor a name of one."
             )
         title = model.loaded_from or architecture_of(type(model)).name
         known = cards.load_cards().get(title)

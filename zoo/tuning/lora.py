@@ -64,23 +64,23 @@ class _Adapted:
 class _LoRALinear(_Adapted, nn.Linear):  # type: ignore[misc]
     """A linear layer with an adapter."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """... x in to ... x out."""
-        y = F.linear(x, self._parameters["weight"], self.bias)
+        y = F.linear(input, self._parameters["weight"], self.bias)
         if self.unmerged is not None:
             return y
-        return y + self.lora_scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return y + self.lora_scale * F.linear(F.linear(input, self.lora_a), self.lora_b)
 
 
 class _LoRAConv2d(_Adapted, nn.Conv2d):  # type: ignore[misc]
     """A 1x1 convolution with an adapter."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """B x in x H x W to B x out x H' x W'."""
-        y = F.conv2d(x, self._parameters["weight"], self.bias, self.stride, self.padding)
+        y = F.conv2d(input, self._parameters["weight"], self.bias, self.stride, self.padding)
         if self.unmerged is not None:
             return y
-        low = F.conv2d(x, self.lora_a, None, self.stride, self.padding)
+        low = F.conv2d(input, self.lora_a, None, self.stride, self.padding)
         return y + self.lora_scale * F.conv2d(low, self.lora_b)
 
 
