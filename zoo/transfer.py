@@ -232,7 +232,7 @@ EXAMPLES: dict[str, Example] = {
         amounts=(20_000, 100_000, 500_000),
         steps=200,
         lr=2e-3,
-        ways={PRETRAINED: {"lr": 5e-4}, "LoRA": {"lr": 3e-3, "adapters": "lora", "rank": 16}},
+        ways={PRETRAINED: {"lr": 5e-4}, "LoRA": {"lr": 3e-3, "adapters": "lora", "rank": 8}},
         write=_write_text,
     ),
     "cifar100-to-fashion-mnist": Example(
