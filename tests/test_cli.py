@@ -49,6 +49,7 @@ TESTED_ELSEWHERE = {
     "memory",
     "recommend",
     "recovery",
+    "transfer",
     "learn",
 }
 """Where a command has a test file of its own, below tests/hub or beside its task."""

@@ -76,11 +76,16 @@ def prepare(
         target = how.target
         if target is None and new_head:
             target = tuple(n for n in adaptable_layers(network) if f"{n}.weight" not in head)
+            if not target:
+                raise ConfigError(
+                    f"{type(network).__name__} has no layer for an adapter beside its new head; "
+                    f"use freeze='encoder'."
+                )
         add_lora(
             network,
             rank=how.rank,
             alpha=how.alpha,
-            target=target or None,
+            target=target,
             variant=how.adapters,
             seed=seed,
         )

@@ -233,6 +233,15 @@ def _parser() -> _Parser:
     sub = command("memory", _memory, "what is kept for the backward pass, by what is trained")
     sub.add_argument("names", nargs="*", metavar="NAME", help="networks of the table (all)")
 
+    sub = command("transfer", _transfer, "fine-tuning against training from scratch on few data")
+    sub.add_argument("name", help="of a worked example, as austen")
+    sub.add_argument("--base", help="another weight or a checkpoint folder")
+    sub.add_argument("--amounts", type=int, nargs="+", help="of data, in the example's unit")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    sub.add_argument("--steps", type=int, help="of every training, about")
+    sub.add_argument("--out", help="folder of the runs (runs/transfer/NAME)")
+    sub.add_argument("--data", help="file or folder to look for the data in first")
+
     sub = command("convert", _convert, "make a checkpoint folder of a training checkpoint")
     sub.add_argument("checkpoint", help="last.ckpt of a run folder")
     sub.add_argument("folder", help="checkpoint folder to write")
@@ -769,6 +778,30 @@ def _memory(options: argparse.Namespace) -> int:
         _print_json([{**to_json(row), "ratio": row.ratio} for row in measured])
     else:
         _table(*memory_table.rows(measured))
+    return OK
+
+
+def _transfer(options: argparse.Namespace) -> int:
+    from zoo import transfer
+
+    out = options.out or Path("runs") / "transfer" / options.name
+    with _chatter():
+        points = transfer.run(
+            options.name,
+            base=options.base,
+            amounts=options.amounts,
+            seeds=options.seeds,
+            steps=options.steps,
+            out=out,
+            data=options.data,
+        )
+    transfer.write(options.name, points, out)
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(point) for point in points])
+        return OK
+    _table(transfer.HEADER, transfer.rows(points))
     return OK
 
 

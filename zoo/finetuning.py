@@ -12,12 +12,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from zoo import cards, checkpoints, evaluation, files, hub, training
 from zoo.cards import Card, HubLocation, Measurements, Paper
 from zoo.configs import build, to_json
-from zoo.errors import ConfigError, DataError, ZooError, nearest
+from zoo.errors import ConfigError, DataError, nearest
 from zoo.evaluation import Outcome
 from zoo.registry import Architecture, architecture_of
 
@@ -128,7 +128,7 @@ def finetune(
     """
     from lightning.pytorch.utilities import rank_zero_only
 
-    base, label, card, inherited = _base(model)
+    base, source, label, card, inherited = _base(model)
     entry = architecture_of(type(base))
     if entry.task == "online-learning":
         raise ConfigError(
@@ -151,7 +151,7 @@ def finetune(
             "data": kind,
             "weight": f"{entry.name}.{tag}",
             "finetune": {
-                "base_model": str(folder / "base") if in_memory else label,
+                "base_model": str(folder / "base") if in_memory else source,
                 "freeze": freeze if freeze is None or isinstance(freeze, str) else list(freeze),
                 "adapters": adapters,
                 "rank": rank,
@@ -217,34 +217,49 @@ def finetune(
 # --- the model -----------------------------------------------------------------------------------
 
 
-def _base(
-    model: str | os.PathLike[str] | ZooModule,
-) -> tuple[ZooModule, str, Card | None, dict[str, Any]]:
-    """The base, what it is called, its card, and the options of its training to go on with."""
+class _Base(NamedTuple):
+    """What is fine-tuned."""
+
+    module: ZooModule
+    source: str
+    """Where to find it again."""
+    title: str
+    """What it is called; of a folder not where it is, which is nobody's business."""
+    card: Card | None
+    inherited: dict[str, Any]
+    """Options of its training to go on with."""
+
+
+def _base(model: str | os.PathLike[str] | ZooModule) -> _Base:
     if not isinstance(model, (str, os.PathLike)):
         from zoo.tasks.base import ZooModule
 
-        if not isinstance(model, ZooModule):
+        given: Any = model
+        if not isinstance(given, ZooModule):
             raise ConfigError(
-                f"A {type(model).__name__} is no model of the zoo, nor a name of one."
+                f"A {type(given).__name__} is no model of the zoo, nor a name of one."
             )
-        label = model.loaded_from or architecture_of(type(model)).name
-        try:
-            _, card = hub.resolve(label, local_files_only=True)
-        except ZooError:
-            card = None
-        return model, label, card, {}
+        title = model.loaded_from or architecture_of(type(model)).name
+        known = cards.load_cards().get(title)
+        if known is None and Path(title).is_dir():
+            title = architecture_of(type(model)).name
+        return _Base(model, "", title, known, {})
     folder, card = hub.resolve(model)
-    base = checkpoints.load(folder, files=None if card is None else card.files)
+    module = checkpoints.load(folder, files=None if card is None else card.files)
+    source = title = os.fspath(model)
     if card is None and (folder / files.CARD_FILE).is_file():
         text = files.read_bytes(folder / files.CARD_FILE).decode("utf-8", errors="replace")
         card = cards.parse(text, where=str(folder / files.CARD_FILE))
-    inherited: dict[str, Any] = {}
+    elif card is not None and card.name in cards.load_cards():
+        source = title = card.name
+    weight, inherited = "", dict[str, Any]()
     if (folder / files.RECIPE_FILE).is_file():
-        trained = training.read_recipe(folder / files.RECIPE_FILE).options.get("model", {})
-        inherited = {key: trained[key] for key in trained if key not in _NOT_INHERITED}
-    in_zoo = card is not None and card.name in cards.load_cards()
-    return base, card.name if card and in_zoo else str(model), card, inherited
+        trained = training.read_recipe(folder / files.RECIPE_FILE)
+        weight, options = trained.weight, trained.options.get("model", {})
+        inherited = {key: options[key] for key in options if key not in _NOT_INHERITED}
+    if Path(source).is_dir():
+        title = weight or architecture_of(type(module)).name
+    return _Base(module, source, title, card, inherited)
 
 
 def _sizes(

@@ -406,6 +406,7 @@ def fit(
     """
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.strategies import FSDPStrategy
 
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
@@ -429,9 +430,12 @@ def fit(
         if last.exists():
             _check_same(resolved, folder / "recipe.yaml")
         cli.datamodule.setup("fit")
+        sharded = isinstance(cli.trainer.strategy, FSDPStrategy)
         if recipe.finetune is not None:
             from zoo import adaptation
 
+            if sharded and recipe.finetune.adapters is not None:
+                raise ConfigError("Adapters do not go with strategy fsdp; choose ddp.")
             seed = int(resolved["seed_everything"])
             adaptation.prepare(cli.model, cli.datamodule, recipe.finetune, seed=seed, base=base)
         try:
@@ -459,7 +463,10 @@ def fit(
     if cli.trainer.is_global_zero:
         if recipe.finetune is not None:
             adaptation.finish(cli.model, folder)
-        checkpoints.save(cli.model, checkpoint, recipe=_to_yaml(resolved))
+        if sharded:
+            checkpoints.convert(last, checkpoint)  # each process has a part of the weights only
+        else:
+            checkpoints.save(cli.model, checkpoint, recipe=_to_yaml(resolved))
     watch = next(c for c in cli.trainer.callbacks if type(c).__name__ == "Stopwatch")
     assert isinstance(cli.trainer, pl.Trainer)
     return Run(

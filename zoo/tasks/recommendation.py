@@ -246,7 +246,7 @@ class Recommender(MixtureModule):
 
     def carried_rows(self, base: ZooModule) -> dict[str, tuple[Tensor, Tensor]]:
         """Users and items that the base knows by their ids keep their vectors."""
-        rows = {}
+        rows: dict[str, tuple[Tensor, Tensor]] = {}
         for what in ("users", "items"):
             known = {name: row for row, name in enumerate(getattr(base.preprocessing, what))}
             ids = getattr(self.catalogue, what)

@@ -65,23 +65,24 @@ class _Adapted:
 class _LoRALinear(_Adapted, nn.Linear):  # type: ignore[misc]
     """A linear layer with an adapter."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """... x in to ... x out."""
-        y = F.linear(x, self._parameters["weight"], self.bias)
+        y = F.linear(input, self._parameters["weight"], self.bias)
         if self.unmerged is not None:
             return y
-        return y + self.lora_scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return y + self.lora_scale * F.linear(F.linear(input, self.lora_a), self.lora_b)
 
 
 class _LoRAConv2d(_Adapted, nn.Conv2d):  # type: ignore[misc]
     """A 1x1 convolution with an adapter."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """B x in x H x W to B x out x H' x W'."""
-        y = convolution(x, self._parameters["weight"], self.bias, self.stride, self.padding)
+        # A convolution of torch would keep its input, though nothing but A needs it.
+        y = convolution(input, self._parameters["weight"], self.bias, self.stride, self.padding)
         if self.unmerged is not None:
             return y
-        low = convolution(x, self.lora_a, None, self.stride, self.padding)
+        low = convolution(input, self.lora_a, None, self.stride, self.padding)
         return y + self.lora_scale * convolution(low, self.lora_b)
 
 
