@@ -86,6 +86,8 @@ def test_what_makes_no_sense_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
         "input": "inputs are numbers of tokens or of users",
         "first layers": "all of its layers but the head are one block",
         "norms": "it has no norms that scale or shift",
+        "LoRA": "it has no linear layers or 1x1 convolutions",
+        "LoRA-FA": "it has no linear layers or 1x1 convolutions",
     }
     for policy in measured.keys() - left_out.keys():
         row = measured[policy]

@@ -25,7 +25,7 @@ from zoo.families.online_ensemble.encoders import (
 )
 from zoo.families.sau_shufflenet import Activation, ShuffleNetConfig, ShuffleNetV2
 from zoo.tuning.freezing import freeze, unfreeze
-from zoo.tuning.lora import add_lora
+from zoo.tuning.lora import adaptable_layers, add_lora
 from zoo.tuning.memory import checkpoint_blocks, graph_bytes, save_memory
 
 __all__ = ["NETWORKS", "POLICIES", "Policy", "Row", "apply_policy", "measure", "rows"]
@@ -52,8 +52,8 @@ _MISSING: dict[Policy, str] = {
     "norms": "it has no norms that scale or shift",
     "biases": "it has no biases",
     "first layers": "all of its layers but the head are one block",
-    "LoRA": "no layer takes adapters of rank 4",
-    "LoRA-FA": "no layer takes adapters of rank 4",
+    "LoRA": "it has no linear layers or 1x1 convolutions",
+    "LoRA-FA": "it has no linear layers or 1x1 convolutions",
 }
 
 
@@ -217,6 +217,8 @@ def apply_policy(network: nn.Module, batch: Any, policy: Policy) -> Any:
     if policy == "all":
         return batch
     if policy in ("LoRA", "LoRA-FA"):
+        if not adaptable_layers(network):
+            return None
         add_lora(network, rank=RANK, variant="lora" if policy == "LoRA" else "lora-fa")
         return batch
     freeze(network, "*")

@@ -95,7 +95,7 @@ class _Convolution(torch.autograd.Function):
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         in_x = in_weight = in_bias = None
         if for_x or for_weight:
-            if weight is not None and ctx.innermost:
+            if weight is not None and ctx.innermost and not _is_innermost(weight):
                 # A stand-in has no strides, and cannot tell the kernel how the input lay.
                 weight = weight.clone(memory_format=_innermost_format(weight))
             in_x, in_weight, _ = _aten.convolution_backward(
@@ -119,7 +119,12 @@ def _lies_innermost(x: Tensor) -> bool:
     """Whether channels are innermost, where it is worth knowing and can be asked."""
     if x.ndim < 4 or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
         return False
-    return not x.is_contiguous() and x.is_contiguous(memory_format=_innermost_format(x))
+    return not x.is_contiguous() and _is_innermost(x)
+
+
+def _is_innermost(x: Tensor) -> bool:
+    """Whether the strides say so, as of a slice of channels too."""
+    return x.stride(1) == 1 and x.stride(-1) >= x.shape[1]
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -321,23 +326,25 @@ class _Clamp(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, low: float, high: float, inplace: bool) -> tuple[Tensor, Tensor]:
         # What is not zero is True: several times faster than a comparison.
         if (low, high) == (0.0, math.inf):
-            y = torch.relu(x)
+            y = torch.relu_(x) if inplace else torch.relu(x)
             return y, y.to(torch.bool)
-        y = F.hardtanh(x, low, high)
+        y = F.hardtanh(x, low, high, inplace)
         return y, (y - low).to(torch.bool).logical_and((high - y).to(torch.bool))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        if inputs[3]:
+            ctx.mark_dirty(inputs[0])
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (open,) = ctx.saved_tensors
-        return _aten.threshold_backward(grads[0], _as_numbers(open, grads[0].dtype), 0), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        above = _as_numbers(ctx.saved_tensors[0], grads[0].dtype)
+        return _aten.threshold_backward(grads[0], above, 0), None, None, None
 
 
 class _Leak(torch.autograd.Function):
@@ -346,20 +353,22 @@ class _Leak(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-        return F.leaky_relu(x, slope), torch.relu(x).to(torch.bool)
+    def forward(x: Tensor, slope: float, inplace: bool) -> tuple[Tensor, Tensor]:
+        open = torch.relu(x).to(torch.bool)
+        return F.leaky_relu(x, slope, inplace), open
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.slope = inputs[1]
+        if inputs[2]:
+            ctx.mark_dirty(inputs[0])
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (open,) = ctx.saved_tensors
-        above = _as_numbers(open, grads[0].dtype)
-        return _aten.leaky_relu_backward(grads[0], above, ctx.slope, False), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        above = _as_numbers(ctx.saved_tensors[0], grads[0].dtype)
+        return _aten.leaky_relu_backward(grads[0], above, ctx.slope, False), None, None
 
 
 class _LeakPerChannel(torch.autograd.Function):
@@ -396,34 +405,47 @@ class _SavingActivation(nn.Module):
     _readers: tuple[nn.Module, ...] | None
     """Modules that may read the output; None: others than modules may keep it."""
 
-    def _masked(self, x: Tensor) -> Tensor:
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
         if not _watched(input) or not input.is_floating_point() or self._shares_its_output():
             y: Tensor = super().forward(input)  # type: ignore[misc]
             return y
-        y = self._masked(input)
-        return input.copy_(y) if getattr(self, "inplace", False) else y
+        if not getattr(self, "inplace", False):
+            return self._masked(input, False)
+        if _is_plain(input):
+            return self._masked(input, True)
+        return input.copy_(self._masked(input, False))
 
     def _shares_its_output(self) -> bool:
         """Whether somebody keeps the output anyway, so that a mask would come on top of it."""
         return self._readers is None or any(map(_reads_its_input, self._readers))
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether a function of our own may overwrite a tensor: not a view, nor within a transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or x._is_view()
+        or x.is_leaf
+    )
+
+
 class SavingReLU(_SavingActivation, nn.ReLU):
     """`nn.ReLU` that keeps a byte per element, where nobody keeps its output."""
 
-    def _masked(self, x: Tensor) -> Tensor:
-        y: Tensor = _Clamp.apply(x, 0.0, math.inf)[0]
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
+        y: Tensor = _Clamp.apply(x, 0.0, math.inf, inplace)[0]
         return y
 
 
 class SavingHardtanh(_SavingActivation, nn.Hardtanh):
     """`nn.Hardtanh` that keeps a byte per element, where nobody keeps its output."""
 
-    def _masked(self, x: Tensor) -> Tensor:
-        y: Tensor = _Clamp.apply(x, float(self.min_val), float(self.max_val))[0]
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
+        y: Tensor = _Clamp.apply(x, float(self.min_val), float(self.max_val), inplace)[0]
         return y
 
 
@@ -434,8 +456,8 @@ class SavingReLU6(SavingHardtanh, nn.ReLU6):
 class SavingLeakyReLU(_SavingActivation, nn.LeakyReLU):
     """`nn.LeakyReLU` that keeps a byte per element, where nobody keeps its output."""
 
-    def _masked(self, x: Tensor) -> Tensor:
-        y: Tensor = _Leak.apply(x, self.negative_slope)[0]
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
+        y: Tensor = _Leak.apply(x, self.negative_slope, inplace)[0]
         return y
 
 
@@ -445,7 +467,7 @@ class SavingPReLU(_SavingActivation, nn.PReLU):
     def _shares_its_output(self) -> bool:
         return not _frozen(self.weight) or super()._shares_its_output()
 
-    def _masked(self, x: Tensor) -> Tensor:
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
         if x.ndim < 2 or torch.is_autocast_enabled(x.device.type):
             return F.prelu(x, self.weight)
         y: Tensor = _LeakPerChannel.apply(x, self.weight.view(-1, *[1] * (x.ndim - 2)))[0]
