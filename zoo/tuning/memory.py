@@ -225,9 +225,12 @@ class SavingConv3d(_SavingConv, nn.Conv3d):
 class _SavingConvTranspose(nn.modules.conv._ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if not _watched(input, self.bias) or not _frozen(self.weight):
-            return super().forward(input, output_size)
+            y: Tensor = super().forward(input, output_size)
+            return y
         dimensions = self.weight.ndim - 2
-        output_padding = self._output_padding(
+        # Annotated as lists, called with tuples by torch itself.
+        infer: Any = self._output_padding
+        output_padding = infer(
             input,
             output_size,
             self.stride,
@@ -280,7 +283,7 @@ class _SavingBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if _reads_its_input(self) or not _watched(input, self.bias):
             return super().forward(input)
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         return self._folded(input)
 
     def _folded(self, x: Tensor) -> Tensor:
@@ -410,7 +413,7 @@ class _SavingActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if not _watched(input) or not input.is_floating_point() or self._shares_its_output():
-            y: Tensor = super().forward(input)  # type: ignore[misc]
+            y: Tensor = super().forward(input)
             return y
         if not getattr(self, "inplace", False):
             return self._masked(input, False)
@@ -546,7 +549,7 @@ class _SavingMaxPool(nn.modules.pooling._MaxPoolNd):
 
     def forward(self, input: Tensor) -> Any:
         if not _watched(input):
-            return super().forward(input)  # type: ignore[misc]
+            return super().forward(input)
         line = self._dimensions == 1
         options = (
             _windows(self.kernel_size, self._dimensions, 1),
