@@ -46,8 +46,10 @@ TESTED_ELSEWHERE = {
     "export",
     "hub-sandbox",
     "finetune",
+    "memory",
     "recommend",
     "recovery",
+    "transfer",
     "learn",
 }
 """Where a command has a test file of its own, below tests/hub or beside its task."""

@@ -19,12 +19,18 @@ from zoo.training import read_recipe
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 CARDS = [f"model_cards/{name}.md" for name in cards.load_cards()]
 
+PROCESSES = "starts processes; tests/tuning/test_finetuning.py does, marked slow"
+
 HUB = "needs a Hub; tests/hub runs it against one"
 
 NOT_RUN_HERE = {
     "bash ci/quickstart.sh": "installs into an environment of its own; CI runs it",
     "bash ci/test.sh": "would run these tests from within themselves; CI runs it",
     "zoo evaluate cached-transformer-lm": "test_wheel.py runs it, marked slow",
+    "zoo transfer austen": "trains for an hour; test_transfer.py has less to do",
+    "zoo finetune cached-transformer-lm --data my.txt --strategy ddp --devices 2 --out runs/ddp": (
+        PROCESSES
+    ),
     "zoo push cached-transformer-lm --dry-run": HUB,
     "zoo push cached-transformer-lm": HUB,
     "zoo push runs/mine/checkpoint me/my-lm --private": HUB,
@@ -34,6 +40,7 @@ NOT_RUN_HERE = {
     "zoo export cached-transformer-lm --format onnx": "test_exporting.py, marked slow",
     "zoo reproduce cached-transformer-lm --out runs/reproduction": "trains for hours",
     "zoo controls cached-transformer-lm.tiny-shakespeare": "trains for hours",
+    "zoo memory": "takes a minute; tests/test_memory_table.py, marked slow",
 }
 """Commands that take too long: their options are checked, and shorter ones run in test_cli.py."""
 
@@ -82,7 +89,13 @@ INLINE = [
 
 
 def test_every_snippet_is_accounted_for() -> None:
-    assert {snippet.language for snippet in ALL} == {"python", "bash"}
+    # What has no language needs several machines.
+    assert {snippet.language for snippet in ALL} == {"python", "bash", ""}
+    unnamed = [snippet.text for snippet in ALL if not snippet.language]
+    assert len(unnamed) == 2
+    for text in unnamed:
+        command = text[text.index("finetune") :].replace("\\\n", " ")
+        parsed(shlex.split(command))
     fences = sum(
         line.startswith("```")
         for document in [*DOCUMENTS, *CARDS]
@@ -131,7 +144,10 @@ def test_a_command_runs(document: str, command: str, at_hand: Path) -> None:
     if words[1] == "fit":
         recipe = read_recipe(words[2])
         words += SHRUNK[recipe.architecture] + LESS_DATA[recipe.data]
-    if words[1] == "generate" and "checkpoint" in words[2]:
+    if words[1] == "generate" and "tuned" in words[2]:
+        tuned = ["--data", "my.txt", "--epochs", "1", "--out", "runs/tuned"]
+        assert run("finetune", "cached-transformer-lm", *tuned).status == 0
+    elif words[1] == "generate" and "checkpoint" in words[2]:
         recipe = "cached-transformer-lm.tiny-shakespeare"  # what the snippet before has trained
         mine = ["data.path=my.txt", *SHRUNK["cached-transformer-lm"], "--out", "runs/mine"]
         assert run("fit", recipe, *mine).status == 0

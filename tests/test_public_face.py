@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_every_public_name_is_there_and_documented() -> None:
     for name in zoo.__all__:
         assert inspect.getdoc(getattr(zoo, name)), name
         assert name in dir(zoo)
-    assert len(zoo.__all__) == 9
+    assert len(zoo.__all__) == 10
 
 
 def test_a_name_that_is_not_there() -> None:
@@ -69,16 +70,26 @@ def test_load_finds_the_folder_and_checks_it_by_the_card(
         calls.append(arguments)
         return hub.Located(tmp_path, card)
 
-    def load(folder: Path, **options: object) -> str:
+    module = SimpleNamespace()
+
+    def load(folder: Path, **options: object) -> SimpleNamespace:
         calls.append((folder, options))
-        return "a module"
+        return module
 
     monkeypatch.setattr(hub, "resolve", resolve)
     monkeypatch.setattr(checkpoints, "load", load)
     loaded: object = zoo.load(
-        "x", "v1", device="cpu", dtype="bfloat16", num_classes=3, local_files_only=True, width=4
+        "x",
+        "v1",
+        device="cpu",
+        dtype="bfloat16",
+        num_classes=3,
+        seed=5,
+        width=4,
+        local_files_only=True,
     )
-    assert loaded == "a module"
+    assert loaded is module
+    assert module.loaded_from == card.name
     assert calls == [
         ("x", "v1", True),
         (
@@ -89,6 +100,7 @@ def test_load_finds_the_folder_and_checks_it_by_the_card(
                 "dtype": "bfloat16",
                 "strict": True,
                 "num_classes": 3,
+                "seed": 5,
                 "width": 4,
             },
         ),

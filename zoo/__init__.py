@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from zoo.cards import info, list_models
     from zoo.errors import ZooError
     from zoo.evaluation import evaluate, reproduce
+    from zoo.finetuning import finetune
     from zoo.publishing import push
     from zoo.registry import register
     from zoo.tasks.base import ZooModule
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ZooError",
     "evaluate",
+    "finetune",
     "fit",
     "info",
     "list_models",
@@ -37,6 +39,7 @@ __all__ = [
 _MODULES = {
     "ZooError": "zoo.errors",
     "evaluate": "zoo.evaluation",
+    "finetune": "zoo.finetuning",
     "fit": "zoo.training",
     "info": "zoo.cards",
     "list_models": "zoo.cards",
@@ -55,6 +58,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     strict: bool = True,
     num_classes: int | None = None,
+    seed: int | None = None,
     local_files_only: bool = False,
     **network_overrides: Any,
 ) -> ZooModule:
@@ -70,6 +74,7 @@ def load(
             float32, whatever the file stores.
         strict: Whether the names and shapes of all tensors must agree.
         num_classes: For a new number of classes: the head is replaced by a fresh one.
+        seed: Of a fresh head; None draws it from the global random state.
         local_files_only: Never to use the network.
         network_overrides: Arguments of the network to be other than in the checkpoint.
 
@@ -84,15 +89,18 @@ def load(
     from zoo import checkpoints, hub
 
     folder, card = hub.resolve(name, revision, local_files_only)
-    return checkpoints.load(
+    module = checkpoints.load(
         folder,
         files=None if card is None else card.files,
         device=device,
         dtype=dtype,
         strict=strict,
         num_classes=num_classes,
+        seed=seed,
         **network_overrides,
     )
+    module.loaded_from = os.fspath(name) if card is None else card.name
+    return module
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,7 @@ _PIPELINE_TAGS = {
 """Our task -> the Hub's name for it. A task that is not here gets no tag."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -202,6 +203,8 @@ class Card:
     reported: tuple[Reported, ...] = ()
     not_exported: dict[str, str] = dataclasses.field(default_factory=dict)
     """Formats that `zoo export` cannot write of this weight -> the reason."""
+    base_model: str = ""
+    """What it was fine-tuned from: a weight of the zoo, a repository on the Hub, or in words."""
 
     family: str = ""
     task: str = ""
@@ -438,6 +441,7 @@ def _hub_keys(card: Card) -> dict[str, Any]:
         "pipeline_tag": pipeline_tag,
         "base_model": list(card.base_model),
         "datasets": list(card.datasets),
+        "base_model": _base_repository(card),
         "tags": ["zoo", "pytorch-lightning", card.family, card.task],
         "model-index": [
             {
@@ -464,6 +468,16 @@ def _hub_keys(card: Card) -> dict[str, Any]:
         ],
     }
     return {key: value for key, value in keys.items() if value}
+
+
+def _base_repository(card: Card) -> str | None:
+    """The repository on the Hub of what a weight was fine-tuned from, where it has one."""
+    known = load_cards().get(card.base_model) if card.base_model else None
+    name = card.base_model.removeprefix("hf://").partition("@")[0] if known is None else ""
+    if known is not None:
+        return known.hub.repo_id
+    # A path of the same form would be a folder on this machine, which the Hub has nothing of.
+    return name if _REPOSITORY.fullmatch(name) and not Path(name).exists() else None
 
 
 # --- what is computed ----------------------------------------------------------------------------

@@ -54,6 +54,7 @@ __all__ = [
     "read_config",
     "read_training",
     "save",
+    "start_from",
     "verify",
 ]
 
@@ -254,12 +255,13 @@ def load(
     dtype: torch.dtype | str | None = None,
     strict: bool = True,
     num_classes: int | None = None,
+    seed: int | None = None,
     **network_overrides: Any,
 ) -> ZooModule:
     """Load a checkpoint folder.
 
-    The global random state is left as it is; a new head is drawn from it, as constructing the
-    whole network at this point would.
+    The global random state is left as it is; a new head is drawn from it, or from `seed`, as
+    constructing the whole network at this point would.
 
     Args:
         folder: A checkpoint folder.
@@ -269,6 +271,7 @@ def load(
         strict: Whether the names and shapes of all tensors must agree. If not, what does not fit
             is left out, and the report names it.
         num_classes: For a new number of classes: the head is replaced by a fresh one.
+        seed: Of a fresh head, which is then that of `zoo.finetune` with this seed.
         network_overrides: Arguments of the network to be other than in the checkpoint.
 
     Returns:
@@ -303,7 +306,7 @@ def load(
     if new_head:
         preprocessing = module_class.swap_head(preprocessing, network.num_classes)
     if network != stored:
-        module = _construct(module_class, network, preprocessing, where)
+        module = _construct(module_class, network, preprocessing, where, seed)
     for migration in migrations:
         tensors = migration.tensors(tensors)
     module.load_report = _fill(
@@ -314,6 +317,30 @@ def load(
         where=f"{folder / WEIGHTS_FILE} does not fit {config.architecture}",
     )
     return _placed(module.eval(), device, wanted_dtype)
+
+
+@torch.no_grad()
+def start_from(module: ZooModule, base: ZooModule, *, replaced: Sequence[str] = ()) -> LoadReport:
+    """Give a module the weights of another of its architecture, in place.
+
+    Args:
+        module: What is to be trained.
+        base: What it starts from.
+        replaced: Names of tensors that stay as they were drawn, as of a new head.
+
+    Returns:
+        What was loaded, dropped and initialised.
+
+    Raises:
+        CheckpointError: When the networks differ in more than that.
+    """
+    stored = _tensors(base.published_network)
+    own = _tensors(module.network)
+    rows = module.carried_rows(base)
+    for name, (here, there) in rows.items():
+        own[name][here] = stored[name][there].to(own[name].dtype)
+    where = f"The base does not fit this {type(module).__name__}"
+    return _fill(module.network, stored, replaced=(*replaced, *rows), where=where)
 
 
 def convert(
@@ -462,11 +489,17 @@ def _preprocessing(module_class: type[ZooModule], values: Any, where: str) -> An
 
 
 def _construct(
-    module_class: type[ZooModule], network: Any, preprocessing: Any, where: Path
+    module_class: type[ZooModule],
+    network: Any,
+    preprocessing: Any,
+    where: Path,
+    seed: int | None = None,
 ) -> ZooModule:
     arguments = {} if preprocessing is None else {"preprocessing": preprocessing}
     try:
         with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                torch.manual_seed(seed)
             return module_class(network=network, **arguments)
     except ZooError:
         raise

@@ -182,6 +182,39 @@ def _parser() -> _Parser:
     sub = command("fit", _fit, "train from a recipe")
     _add_run_options(sub, "recipe")
 
+    sub = command("finetune", _finetune, "fine-tune a model on data of your own")
+    sub.add_argument("name", help="a weight, a checkpoint folder, or owner/name on the Hub")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub.add_argument(
+        "--data",
+        required=True,
+        help="a folder of class folders, a CSV of ratings, or a text file",
+    )
+    sub.add_argument("--epochs", type=int, default=3, help="passes over the data (3)")
+    sub.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (0.001)")
+    sub.add_argument(
+        "--freeze",
+        action="append",
+        metavar="PART",
+        help="encoder, or names with shell wildcards; may be repeated",
+    )
+    sub.add_argument("--layer-decay", type=float, help="of the learning rate, per group of layers")
+    sub.add_argument("--adapters", choices=["lora", "lora-fa"], help="train these alone")
+    sub.add_argument("--rank", type=int, default=8, help="of the adapters (8)")
+    sub.add_argument("--alpha", type=float, help="scales the adapters by alpha / rank")
+    sub.add_argument(
+        "--target", action="append", metavar="LAYER", help="that gets one; may be repeated"
+    )
+    sub.add_argument("--num-classes", type=int, help="that the data must have")
+    sub.add_argument("--seed", type=_seed, default=0, help="makes the result repeatable (0)")
+    sub.add_argument("--out", help="run folder; one that was interrupted goes on")
+    sub.add_argument("--weight-name", metavar="NAME", help="of the new weight, after the dot")
+    sub.add_argument("--data-license", default="", help="for the card")
+    sub.add_argument("--accelerator", help="of Lightning, as cpu or gpu")
+    sub.add_argument("--devices", type=int, help="processes on each machine")
+    sub.add_argument("--num-nodes", type=int, help="machines")
+    sub.add_argument("--strategy", help="of Lightning, as ddp or fsdp")
+
     sub = command("controls", _controls, "train the controls of a weight and record them")
     sub.add_argument("name")
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -196,6 +229,18 @@ def _parser() -> _Parser:
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     sub.add_argument("--out", default="runs/recovery", help="folder of the runs")
     sub.add_argument("--figure", metavar="FILE", help="draw error and recovery into this file")
+
+    sub = command("memory", _memory, "what is kept for the backward pass, by what is trained")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="networks of the table (all)")
+
+    sub = command("transfer", _transfer, "fine-tuning against training from scratch on few data")
+    sub.add_argument("name", help="of a worked example, as austen")
+    sub.add_argument("--base", help="another weight or a checkpoint folder")
+    sub.add_argument("--amounts", type=int, nargs="+", help="of data, in the example's unit")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    sub.add_argument("--steps", type=int, help="of every training, about")
+    sub.add_argument("--out", help="folder of the runs (runs/transfer/NAME)")
+    sub.add_argument("--data", help="file or folder to look for the data in first")
 
     sub = command("convert", _convert, "make a checkpoint folder of a training checkpoint")
     sub.add_argument("checkpoint", help="last.ckpt of a run folder")
@@ -624,6 +669,47 @@ def _fit(options: argparse.Namespace) -> int:
     return OK
 
 
+def _finetune(options: argparse.Namespace) -> int:
+    from zoo import finetuning
+
+    freeze = options.freeze
+    with _chatter():
+        module = finetuning.finetune(
+            options.name,
+            options.data,
+            epochs=options.epochs,
+            lr=options.lr,
+            freeze=freeze[0] if freeze and len(freeze) == 1 else freeze,
+            layer_decay=options.layer_decay,
+            adapters=options.adapters,
+            rank=options.rank,
+            alpha=options.alpha,
+            target=options.target,
+            num_classes=options.num_classes,
+            seed=options.seed,
+            out=options.out,
+            name=options.weight_name,
+            data_license=options.data_license,
+            accelerator=options.accelerator,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            strategy=options.strategy,
+            overrides=options.overrides,
+        )
+    done = module.finetuned
+    if done is None:
+        return OK  # one of several processes, and not the first
+    if options.json:
+        from zoo.configs import to_json
+
+        measured = {name: [to_json(o) for o in getattr(done, name)] for name in ("before", "after")}
+        _print_json({"checkpoint": str(done.checkpoint), **measured})
+        return OK
+    _table(["protocol", "metric", "n", "before", "after"], finetuning.rows(done))
+    print(f"Checkpoint folder: {done.checkpoint}")
+    return OK
+
+
 def _controls(options: argparse.Namespace) -> int:
     from zoo import controls
 
@@ -678,6 +764,45 @@ def _recovery(options: argparse.Namespace) -> int:
         cells = [f"{s.mean:.4f} ({s.interval[0]:.4f} to {s.interval[1]:.4f})" for s in summaries]
         rows.append([arm.gate, f"{arm.tasks}", *cells])
     _table(["gate", "tasks", "error", "Jaccard", "active experts", "minutes"], rows)
+    return OK
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from zoo import memory_table
+    from zoo.progress import track
+
+    total = len(options.names or memory_table.NETWORKS) * len(memory_table.POLICIES)
+    measured = list(track(memory_table.measure(options.names), "Measuring", total))
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([{**to_json(row), "ratio": row.ratio} for row in measured])
+    else:
+        _table(*memory_table.rows(measured))
+    return OK
+
+
+def _transfer(options: argparse.Namespace) -> int:
+    from zoo import transfer
+
+    out = options.out or Path("runs") / "transfer" / options.name
+    with _chatter():
+        points = transfer.run(
+            options.name,
+            base=options.base,
+            amounts=options.amounts,
+            seeds=options.seeds,
+            steps=options.steps,
+            out=out,
+            data=options.data,
+        )
+    transfer.write(options.name, points, out)
+    if options.json:
+        from zoo.configs import to_json
+
+        _print_json([to_json(point) for point in points])
+        return OK
+    _table(transfer.HEADER, transfer.rows(points))
     return OK
 
 

@@ -144,8 +144,9 @@ def wilson_interval(
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # Rounding could lead a hair's breadth out of the unit interval.
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Without a success the lower bound is zero, without a failure the upper one is one; rounding
+    # could lead a hair's breadth away from either.
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half
 
 
 def bootstrap_interval(

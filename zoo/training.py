@@ -1,7 +1,8 @@
 """Training from a recipe: LightningCLI underneath, plain keys and one run folder on top.
 
-A recipe is YAML with a `zoo:` block (`architecture`, `data`, and the `weight` it is for) beside the
-`seed_everything`, `trainer`, `model` and `data` of LightningCLI. Architectures and data modules
+A recipe is YAML with a `zoo:` block (`architecture`, `data`, the `weight` it is for, and, where it
+does not start from scratch, `finetune`) beside the `seed_everything`, `trainer`, `model` and `data`
+of LightningCLI. Architectures and data modules
 are named from closed lists; a recipe of this project never names a class.
 
 A run folder holds `recipe.yaml` (resolved, usable as is), `metrics.csv`, `last.ckpt` to resume
@@ -20,18 +21,20 @@ import sys
 import threading
 import time
 import typing
+import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from zoo.cards import shipped_folder
-from zoo.configs import build
+from zoo.configs import build, to_json
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
 from zoo.files import NO_ROOM
 from zoo.registry import architecture
+from zoo.tuning.config import FineTuning
 
 __all__ = [
     "DATA_MODULES",
@@ -41,8 +44,11 @@ __all__ = [
     "find_recipe",
     "fit",
     "instantiate",
+    "make_recipe",
+    "options_of",
     "read_facts",
     "read_recipe",
+    "write_atomically",
 ]
 
 DATA_MODULES: dict[str, str] = {
@@ -59,7 +65,7 @@ DATA_MODULES: dict[str, str] = {
 """Data modules that a recipe can name."""
 
 _SECTIONS = ("zoo", "seed_everything", "trainer", "model", "data")
-_ZOO_KEYS = ("architecture", "data", "weight", "base", "name", "differs")
+_ZOO_KEYS = ("architecture", "data", "weight", "base", "name", "differs", "finetune")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,7 @@ class Recipe:
         data: key of `DATA_MODULES`.
         weight: name of the weight that the recipe made, or "" for none.
         name, differs: of a control: what it is called, and in what it differs from the model.
+        finetune: which weights to start from; None: from scratch.
         options: sections `seed_everything`, `trainer`, `model`, `data`.
         path: where it was read.
     """
@@ -82,6 +89,7 @@ class Recipe:
     path: Path
     name: str = ""
     differs: str = ""
+    finetune: FineTuning | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +148,21 @@ def read_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
         UnknownNameError: no such recipe, architecture or data module.
     """
     path = find_recipe(name_or_path)
-    values = _read_yaml(path)
+    return make_recipe(_read_yaml(path), overrides, path)
+
+
+def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: Path) -> Recipe:
+    """A recipe of what its file would hold.
+
+    Args:
+        values: the sections; they are changed.
+        overrides: as of `read_recipe`.
+        path: where they come from, for messages and for the name of the run folder.
+
+    Raises:
+        ConfigError: these are no sections of a recipe, or an override is malformed.
+        UnknownNameError: no such architecture or data module.
+    """
     for override in overrides:
         _apply(values, override)
     header = values.pop("zoo")
@@ -160,7 +182,9 @@ def read_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
             f"{nearest(header['data'], DATA_MODULES)}"
             f" There are: {', '.join(DATA_MODULES)}."
         )
+    finetune = header.get("finetune")
     return Recipe(
+        finetune=finetune and build(FineTuning, finetune, f"{path}: zoo.finetune"),
         architecture=header["architecture"],
         data=header["data"],
         weight=header.get("weight") or "",
@@ -326,6 +350,26 @@ def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) 
         raise ConfigError(f"{recipe.path}: {error}") from None
 
 
+def options_of(datamodule: Any) -> tuple[str, dict[str, Any]]:
+    """Name and options of a data module of the zoo, as the section `data` of a recipe has them.
+
+    Raises:
+        ConfigError: it is another one, which a recipe cannot name.
+    """
+    for name, reference in DATA_MODULES.items():
+        if reference.partition(":")[2] == type(datamodule).__name__:
+            known = inspect.signature(type(datamodule)).parameters
+            values = {key: getattr(datamodule, key) for key in known}
+            return name, {
+                key: to_json(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+                for key, value in values.items()
+            }
+    raise ConfigError(
+        f"{type(datamodule).__name__} is no data module of the zoo, so a recipe cannot name it; "
+        f"use zoo.tuning in a Trainer of your own."
+    )
+
+
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # jsonargparse tells the value last, after all types that it is none of.
@@ -339,6 +383,8 @@ def fit(
     *,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    base: Any = None,
+    prepared: Callable[[Any, Any], None] | None = None,
 ) -> Run:
     """Train from a recipe and write a checkpoint folder.
 
@@ -348,6 +394,9 @@ def fit(
         out: run folder; None: `runs/<name of the recipe>`.
         resume: go on from `last.ckpt` in the run folder, where there is one. At an epoch boundary
             the result equals that of an uninterrupted run bit for bit on a CPU.
+        base: the module that a fine-tuning starts from, where it is at hand; None: what the recipe
+            says.
+        prepared: is called with the module and the data module before the first step of all.
 
     Raises:
         ConfigError: the recipe is not usable, or differs from the one that is resumed.
@@ -358,6 +407,7 @@ def fit(
     """
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.strategies import FSDPStrategy
 
     from zoo import checkpoints
 
@@ -385,11 +435,22 @@ def fit(
         if last.exists():
             _check_same(resolved, folder / "recipe.yaml")
         cli.datamodule.setup("fit")
+        sharded = isinstance(cli.trainer.strategy, FSDPStrategy)
+        if recipe.finetune is not None:
+            from zoo import adaptation
+
+            if sharded and recipe.finetune.adapters is not None:
+                raise ConfigError("Adapters do not go with strategy fsdp; choose ddp.")
+            seed = int(resolved["seed_everything"])
+            adaptation.prepare(cli.model, cli.datamodule, recipe.finetune, seed=seed, base=base)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / "recipe.yaml", _to_yaml(resolved))
+            write_atomically(folder / "recipe.yaml", _to_yaml(resolved))
         except OSError as error:
             raise ZooError(f"Cannot write the run folder {folder}: {error.strerror}.") from None
+        if prepared is not None and not last.exists():
+            prepared(cli.model, cli.datamodule)
+            cli.model.train()
         part = len(list((folder / "logs").glob("part_*")))
         if cli.trainer.logger is not None:
             cli.trainer.logger = CSVLogger(folder, name="logs", version=f"part_{part}")
@@ -404,7 +465,12 @@ def fit(
     cli.model.eval()
     checkpoint = folder / "checkpoint"
     if cli.trainer.is_global_zero:
-        checkpoints.save(cli.model, checkpoint, recipe=_to_yaml(resolved))
+        if recipe.finetune is not None:
+            adaptation.finish(cli.model, folder)
+        if sharded:
+            checkpoints.convert(last, checkpoint)  # each process has a part of the weights only
+        else:
+            checkpoints.save(cli.model, checkpoint, recipe=_to_yaml(resolved))
     watch = next(c for c in cli.trainer.callbacks if type(c).__name__ == "Stopwatch")
     assert isinstance(cli.trainer, pl.Trainer)
     return Run(
@@ -522,6 +588,8 @@ def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:
     for key in ("weight", "name", "differs"):
         if getattr(recipe, key):
             header[key] = getattr(recipe, key)
+    if recipe.finetune is not None:
+        header["finetune"] = to_json(recipe.finetune)
     return {"zoo": header, **{key: config[key] for key in _SECTIONS if key in config}}
 
 
@@ -530,18 +598,29 @@ def _check_same(resolved: dict[str, Any], path: Path) -> None:
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     for section in ("zoo", "seed_everything", "model", "data"):
-        if before.get(section) != resolved.get(section):
+        if not _agree(before.get(section), resolved.get(section)):
             raise ConfigError(
                 f"Section {section!r} differs from that of the run in {path.parent}; resume with "
                 f"the same options, or choose another --out folder."
             )
 
 
+def _agree(before: Any, now: Any) -> bool:
+    """Whether options are the same; one that the earlier run did not know yet must be null."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return bool(before == now)
+    return before.keys() <= now.keys() and all(
+        _agree(before[key], value) if key in before else value is None for key, value in now.items()
+    )
+
+
 def _to_yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".part")
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, all of it or nothing."""
+    # A name of its own: several processes may write the same at once.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

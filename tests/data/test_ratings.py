@@ -6,11 +6,13 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from zoo.data import sources
 from zoo.data.ratings import (
@@ -263,6 +265,20 @@ def test_processes_share_a_batch(tmp_path: Path) -> None:
     for all_, first, second in zip(whole, *halves, strict=True):
         assert torch.equal(all_.items[::2], first.items)
         assert torch.equal(all_.items[1::2], second.items)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_the_validation_pairs(tmp_path: Path, processes: int) -> None:
+    module = data(tmp_path)
+    whole = module.pairs("validation")
+    found, counts = [], []
+    for rank in range(processes):
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=processes)  # type: ignore[assignment]
+        batches = list(module.val_dataloader())
+        counts.append(len(batches))
+        found += [pair for b in batches for pair in zip(*map(Tensor.tolist, b), strict=True)]
+    assert len(set(counts)) == 1
+    assert sorted(found) == sorted(zip(*map(Tensor.tolist, whole), strict=True))
 
 
 def test_validation_pairs_are_the_same_each_time_and_never_rated(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -218,6 +219,31 @@ def test_blocks_have_each_byte_but_the_first_as_target_once(
         assert all(int(row[0]) % block == 0 for row in b.tokens)
     with pytest.raises(IndexError):
         blocks[len(blocks)]
+
+
+@given(
+    length=st.integers(2, 120),
+    block=st.integers(1, 9),
+    batch=st.integers(1, 5),
+    processes=st.integers(1, 4),
+)
+def test_processes_share_the_blocks(length: int, block: int, batch: int, processes: int) -> None:
+    """Each target is in one of them, and all have as many batches, of which the last are empty."""
+    shares = [_Blocks(numbered(length), block, batch, r, processes) for r in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    found = [share[index] for share in shares for index in range(len(share))]
+    targets = sorted(t for b in found for t in b.tokens[:, 1:].flatten().tolist())
+    assert targets == list(range(1, length))
+    whole = len(_Blocks(numbered(length), block, batch))
+    assert sum(len(b.tokens) > 0 for b in found) == whole
+    assert all(b.tokens.ndim == 2 and len(b.reset) == len(b.tokens) for b in found)
+
+
+def test_streams_that_processes_cannot_share(text_file: Path) -> None:
+    data = TextDataModule(path=str(text_file), segment=8, streams=3)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=2)  # type: ignore[assignment]
+    with pytest.raises(DataError, match="3 streams of text cannot be shared by 2 processes"):
+        data.train_dataloader()
 
 
 # --- the data module -----------------------------------------------------------------------------

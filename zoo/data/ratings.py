@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import functools
 import io
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -523,7 +524,12 @@ class RatingsDataModule(pl.LightningDataModule):
         if min(seed, split_seed) < 0:
             raise ValueError(f"seeds must not be negative, got {seed} and {split_seed}")
         self.dataset, self.path, self.data_dir = dataset, path, data_dir
-        self.columns = (user_column, item_column, rating_column, time_column, title_column)
+        self.user_column, self.item_column, self.rating_column = (
+            user_column,
+            item_column,
+            rating_column,
+        )
+        self.time_column, self.title_column = time_column, title_column
         self.scale, self.split = (float(scale[0]), float(scale[1])), split
         self.negatives, self.batch_size = negatives, batch_size
         self.split_seed, self.seed = split_seed, seed
@@ -533,14 +539,13 @@ class RatingsDataModule(pl.LightningDataModule):
         """All ratings."""
         if self.path is None:
             return load_movielens(self.dataset, self.data_dir)
-        user, item, rating, time, title = self.columns
         return read_ratings_csv(
             self.path,
-            user_column=user or "user",
-            item_column=item or "item",
-            rating_column=rating or "rating",
-            time_column=time,
-            title_column=title,
+            user_column=self.user_column,
+            item_column=self.item_column,
+            rating_column=self.rating_column,
+            time_column=self.time_column,
+            title_column=self.title_column,
             scale=self.scale,
         )
 
@@ -614,19 +619,22 @@ class RatingsDataModule(pl.LightningDataModule):
         """Read and split the ratings."""
         _ = self.parts
 
+    @property
+    def _process(self) -> tuple[int, int]:
+        """Number of this process, and how many there are."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
     def train_dataloader(self) -> DataLoader[RatingBatch]:
         """Batches of `RatingBatch` in random order."""
-        rank, world = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
         sampler = _EpochBatches(
             self.parts["train"],
             len(self.ratings.item_ids),
             self.negatives if self.split == "temporal" else 0,
             self.batch_size,
             self.seed,
-            rank,
-            world,
+            *self._process,
         )
         return DataLoader(_AsGiven(), sampler=sampler, batch_size=None, generator=torch.Generator())
 
@@ -643,10 +651,11 @@ class RatingsDataModule(pl.LightningDataModule):
         return _joined([pairs, drawn])
 
     def val_dataloader(self) -> DataLoader[RatingBatch]:
-        """The pairs of the validation part in order."""
-        pairs = self.pairs("validation")
-        batches = [
-            pairs.rows(slice(start, start + _EVALUATION_BATCH))
-            for start in range(0, len(pairs.users), _EVALUATION_BATCH)
-        ]
+        """The pairs of the validation part in order; of several processes each takes its share,
+        in as many batches."""
+        pairs, (rank, world) = self.pairs("validation"), self._process
+        total = len(pairs.users)
+        count = math.ceil(math.ceil(total / world) / _EVALUATION_BATCH)
+        rows = torch.arange(rank, total, world).tensor_split(count)
+        batches = [pairs.rows(part) for part in rows]
         return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]

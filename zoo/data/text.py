@@ -131,21 +131,36 @@ class _Streams(Dataset[StreamBatch]):
 
 
 class _Blocks(Dataset[StreamBatch]):
-    """Independent blocks of a text, without memory: the last one may be shorter."""
+    """Independent blocks of a text, without memory: the last one may be shorter.
 
-    def __init__(self, text: Tensor, block: int, batch: int) -> None:
+    Of several processes, which must all have as many batches, each takes every `world_size`-th; the
+    last one may be empty.
+    """
+
+    def __init__(
+        self, text: Tensor, block: int, batch: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.text, self.block, self.batch = text, block, batch
+        self.rank, self.world_size = rank, world_size
         self.full = (len(text) - 1) // block
 
-    def __len__(self) -> int:
+    @property
+    def _batches(self) -> int:
+        """Of all processes together."""
         rest = (len(self.text) - 1) % self.block
         return -(-self.full // self.batch) + int(rest > 0)
 
+    def __len__(self) -> int:
+        return -(-self._batches // self.world_size)
+
     def __getitem__(self, index: int) -> StreamBatch:
-        first = index * self.batch
         if not 0 <= index < len(self):
             raise IndexError(index)
-        if first >= self.full:
+        index = index * self.world_size + self.rank
+        first = index * self.batch
+        if index >= self._batches:
+            tokens = self.text[:0, None].expand(0, self.block + 1)
+        elif first >= self.full:
             tokens = self.text[None, self.full * self.block :]
         else:
             starts = torch.arange(first, min(first + self.batch, self.full)) * self.block
@@ -237,23 +252,37 @@ class TextDataModule(pl.LightningDataModule):
                     "a shorter segment or another validation_fraction."
                 )
 
+    @property
+    def _process(self) -> tuple[int, int]:
+        """Number of this process, and how many there are."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
     def train_dataloader(self) -> DataLoader[StreamBatch]:
-        """Batches of `StreamBatch`; short texts get fewer streams, so that each has a batch."""
-        rank, world = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
+        """Batches of `StreamBatch`; short texts get fewer streams, so that each has a batch.
+
+        Raises:
+            DataError: the streams cannot be shared evenly by the processes.
+        """
+        rank, world = self._process
         text = self.train_text
         step = min(self.segments_per_step, len(text) // self.segment) * self.segment
         streams = max(min(self.streams, len(text) // step), 1)
+        if streams % world:
+            raise DataError(f"{streams} streams of text cannot be shared by {world} processes.")
         sampler = StreamSampler(
             len(text), streams, step, self.reset_probability, self.seed, rank, world
         )
         return _loader(_Streams(text, step), sampler)
 
     def val_dataloader(self) -> DataLoader[StreamBatch]:
+        """This process's share of `blocks`."""
+        return _loader(_Blocks(self.validation_text, self.segment, 64, *self._process))
+
+    def blocks(self) -> DataLoader[StreamBatch]:
         """Independent blocks of one segment; every byte but the first is a target once."""
-        blocks = _Blocks(self.validation_text, self.segment, batch=64)
-        return _loader(blocks)
+        return _loader(_Blocks(self.validation_text, self.segment, 64))
 
 
 def _loader(

@@ -100,6 +100,10 @@ class ZooModule(pl.LightningModule):
     """An instance of `preprocessing_config`, kept in `config.json`; None while it is not known."""
     load_report: Any = None
     """Set by `zoo.load`: what was loaded, dropped and initialised."""
+    loaded_from: str | None = None
+    """Set by `zoo.load`: the name that the weights are known by."""
+    finetuned: Any = None
+    """Set by `zoo.finetune`: what was measured before and after."""
     _fit_seed: int | None = None
 
     def __init__(self, network: Any, optimizer: OptimizerConfig, compile: bool = False) -> None:
@@ -117,6 +121,16 @@ class ZooModule(pl.LightningModule):
     def swap_head(cls, preprocessing: Any, num_classes: int) -> Any:
         """What `preprocessing` becomes with a new head of `num_classes` classes."""
         return preprocessing
+
+    def take_preprocessing(self, preprocessing: Any, datamodule: Any) -> None:
+        """Agree with a data module before a fine-tuning: go on with the base's `preprocessing`."""
+        if preprocessing is not None:
+            self.preprocessing = preprocessing
+
+    def carried_rows(self, base: ZooModule) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tensors of which a fine-tuning carries over some rows: name -> rows here, rows in `base`;
+        the others stay as they were drawn."""
+        return {}
 
     @classmethod
     def protocols_on(cls, datamodule: Any) -> tuple[str, ...]:

@@ -213,6 +213,10 @@ class ImageClassifier(ZooModule):
             datamodule.preprocessing = data
         self.preprocessing = data
 
+    def take_preprocessing(self, preprocessing: Any, datamodule: Any) -> None:
+        super().take_preprocessing(preprocessing, datamodule)
+        self.bind(datamodule)
+
     def on_fit_start(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ImageDataModule):

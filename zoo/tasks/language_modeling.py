@@ -217,8 +217,9 @@ class LanguageModel(ZooModule):
         return loss
 
     def validation_step(self, batch: StreamBatch, batch_idx: int) -> None:
-        losses = self._losses(batch.tokens, None)[0]
-        self.val_loss.update(losses.double().mean(), losses.numel())
+        if len(batch.tokens):  # this process's share may be over before the others'
+            losses = self._losses(batch.tokens, None)[0]
+            self.val_loss.update(losses.double().mean(), losses.numel())
         self.log("val_loss", self.val_loss, prog_bar=True)
 
     def _losses(
@@ -283,7 +284,7 @@ class LanguageModel(ZooModule):
         datamodule.setup()
         sums, counts = [], []
         if protocol == "blocks":
-            for batch in track(datamodule.val_dataloader(), "blocks"):
+            for batch in track(datamodule.blocks(), "blocks"):
                 losses = self._losses(batch.tokens.to(self.device), None)[0]
                 sums.append(losses.double().sum(1).cpu())
                 counts.append(torch.full((len(losses),), losses.shape[1]))

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from zoo.tuning.groups import parameter_groups
+
 __all__ = ["OptimizerConfig", "build_optimizer", "schedule_factor"]
 
 
@@ -37,6 +39,9 @@ class OptimizerConfig:
     """Steps of linear growth from zero at the beginning."""
     warmup_fraction: float | None = None
     """The same as a share of all steps, in [0, 1); takes the place of `warmup_steps`."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from a group of layers to the one before it, in (0, 1]; null:
+    all layers learn alike."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -49,6 +54,8 @@ class OptimizerConfig:
             raise ValueError(f"momentum must be in (0, 1), got {self.momentum}")
         if self.warmup_fraction is not None and not 0.0 <= self.warmup_fraction < 1.0:
             raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+        if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay must be in (0, 1], or null, got {self.layer_decay}")
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -82,14 +89,25 @@ def build_optimizer(
 
     if config.name == "muon" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         _orthogonalise_in_float32()
+    # Orthogonalised updates suit maps between features, not tables that are looked up.
+    fallback = config.name == "muon"
+    groups = None
+    if config.layer_decay is not None:
+        groups = functools.partial(
+            parameter_groups,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            fallback=fallback,
+        )
     optimizer = timm.optim.create_optimizer_v2(
         network,
         opt=config.name,
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
-        # Orthogonalised updates suit maps between features, not tables that are looked up.
-        fallback_no_weight_decay=config.name == "muon",
+        fallback_no_weight_decay=fallback,
+        param_group_fn=groups,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: schedule_factor(config, step, total_steps)

@@ -29,7 +29,7 @@ from zoo.families.dselect_k import (
     RecommenderNet,
 )
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
 from zoo.tasks.mixtures import MixtureModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -239,6 +239,22 @@ class Recommender(MixtureModule):
                     )
                 if width:
                     getattr(self.network, f"{what}_table").copy_(table)
+
+    def take_preprocessing(self, preprocessing: Any, datamodule: Any) -> None:
+        """Users and items are those of the data, whatever the base knows."""
+        self.bind(datamodule)
+
+    def carried_rows(self, base: ZooModule) -> dict[str, tuple[Tensor, Tensor]]:
+        """Users and items that the base knows by their ids keep their vectors."""
+        rows: dict[str, tuple[Tensor, Tensor]] = {}
+        for what in ("users", "items"):
+            known = {name: row for row, name in enumerate(getattr(base.preprocessing, what))}
+            ids = getattr(self.catalogue, what)
+            pairs = [(row, known[name]) for row, name in enumerate(ids) if name in known]
+            index = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+            names = [n for n in self.network.state_dict() if n.startswith((what, f"{what[:-1]}_t"))]
+            rows |= dict.fromkeys(names, (index[:, 0], index[:, 1]))
+        return rows
 
     def on_fit_start(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)

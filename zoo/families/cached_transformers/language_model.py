@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zoo.families.cached_transformers.attention import (
     AttentionState,
@@ -185,11 +186,16 @@ class CachedTransformerLM(nn.Module):
 
     Args:
         config: the shape.
+
+    Attributes:
+        recompute_blocks: keep the input of each block alone for the backward pass, which then
+            computes the block again.
     """
 
     def __init__(self, config: CachedTransformerLMConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute_blocks = False
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -289,7 +295,10 @@ class CachedTransformerLM(nn.Module):
         x = self.dropout(self.embedding(tokens))
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = block(x, layer, closes)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x, layer = checkpoint(block, x, layer, closes, use_reentrant=False)
+            else:
+                x, layer = block(x, layer, closes)
             layers.append(layer)
         state = LanguageModelState(
             tuple(layers), 0 if closes else position, state.attached + int(closes)
@@ -306,9 +315,9 @@ class CachedTransformerLM(nn.Module):
         ]
         return torch.stack(weights) if weights else None
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
-        return {"stem": r"^embedding", "blocks": r"^blocks\.(\d+)", "head": r"^(norm|head)"}
+        return {"stem": r"^embedding", "blocks": r"^blocks\.(\d+)", "head": r"^(?:norm|head)"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: embeddings, gains and mixing logits."""

@@ -216,7 +216,9 @@ class TimeVaryingConv2d(nn.Module):
 
     def forward(self, t: float, x: Tensor) -> Tensor:
         """B x in x H x W at time t to B x out x H x W."""
-        weight, bias = self._at(self.weight, t), self._at(self.bias, t)
+        return self._convolve(x, self._at(self.weight, t), self._at(self.bias, t))
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, padding=self.padding, groups=self.groups)
 
     def _at(self, coefficients: Tensor, t: float) -> Tensor:

@@ -167,11 +167,11 @@ class ContinuousFlow(SolverKnob, nn.Module):
         )
         return block, x
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
         field = r"^flow\.field\."
         return {
-            "stem": field + "(point|context)",
+            "stem": field + "(?:point|context)",
             "blocks": field + r"layers\.(\d+)",
             "head": field + "out",
         }
@@ -261,7 +261,7 @@ class CouplingFlow(nn.Module):
             z, _ = coupling(z, condition, inverse=False)
         return z
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
         return {"blocks": r"^couplings\.(\d+)"}
 

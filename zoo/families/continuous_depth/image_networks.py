@@ -148,8 +148,11 @@ class TimeChannelConv2d(nn.Module):
     def forward(self, t: float, x: Tensor) -> Tensor:
         """B x in x H x W at time t to B x out x H x W."""
         plane = x.new_full((1, 1, *x.shape[2:]), t)
-        shift = F.conv2d(plane, self.time_weight, padding=1)
-        return F.conv2d(x, self.weight, self.bias, padding=1) + shift
+        shift = self._convolve(plane, self.time_weight, None)
+        return self._convolve(x, self.weight, self.bias) + shift
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
 
 
 class TimeChannelField(nn.Module):
@@ -158,13 +161,14 @@ class TimeChannelField(nn.Module):
     def __init__(self, channels: int, groups: int = 32) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (_norm(channels, groups) for _ in range(3))
+        self.relu = nn.ReLU()
         self.conv1 = TimeChannelConv2d(channels, channels)
         self.conv2 = TimeChannelConv2d(channels, channels)
 
     def forward(self, t: float, x: Tensor) -> Tensor:
         """dx/dt, B x C x H x W."""
-        y = self.conv1(t, F.relu(self.norm1(x)))
-        y = self.conv2(t, F.relu(self.norm2(y)))
+        y = self.conv1(t, self.relu(self.norm1(x)))
+        y = self.conv2(t, self.relu(self.norm2(y)))
         derivative: Tensor = self.norm3(y)
         return derivative
 
@@ -180,6 +184,7 @@ class BasisField(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = _norm(channels, groups), _norm(hidden, groups)
+        self.relu = nn.ReLU()
         self.conv1 = TimeVaryingConv2d(channels, hidden, nodes=nodes, basis=basis)
         self.conv2 = TimeVaryingConv2d(hidden, channels, nodes=nodes, basis=basis)
         nn.init.zeros_(self.conv2.weight)
@@ -187,8 +192,8 @@ class BasisField(nn.Module):
 
     def forward(self, t: float, x: Tensor) -> Tensor:
         """dx/dt, B x C x H x W."""
-        y = self.conv1(t, F.relu(self.norm1(x)))
-        derivative: Tensor = self.conv2(t, F.relu(self.norm2(y)))
+        y = self.conv1(t, self.relu(self.norm1(x)))
+        derivative: Tensor = self.conv2(t, self.relu(self.norm2(y)))
         return derivative
 
 
@@ -215,6 +220,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         hidden = hidden or out_channels
         self.norm1, self.norm2 = _norm(in_channels, groups), _norm(hidden, groups)
+        self.relu = nn.ReLU()
         self.conv1 = nn.Conv2d(in_channels, hidden, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(hidden, out_channels, 3, padding=1, bias=False)
         self.shortcut: nn.Module | None = None
@@ -223,9 +229,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """B x in x H x W to B x out x H/stride x W/stride."""
-        y = F.relu(self.norm1(x))
+        y = self.relu(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(y)
-        branch: Tensor = self.conv2(F.relu(self.norm2(self.conv1(y))))
+        branch: Tensor = self.conv2(self.relu(self.norm2(self.conv1(y))))
         return branch + shortcut
 
 
@@ -235,10 +241,11 @@ class Transition(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm = _norm(in_channels, groups)
+        self.relu = nn.ReLU()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(F.relu(self.norm(x)))
+        y: Tensor = self.conv(self.relu(self.norm(x)))
         return y
 
 
@@ -264,6 +271,7 @@ class ODEResNet(SolverKnob, nn.Module):
             if index >= config.body_from:
                 self.blocks.extend(_body(config, width))
         self.norm = _norm(config.widths[-1], config.groups)
+        self.relu = nn.ReLU()
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.widths[-1], config.num_classes)
 
@@ -281,7 +289,8 @@ class ODEResNet(SolverKnob, nn.Module):
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
-        return F.relu(self.norm(x)).mean((2, 3))
+        features: Tensor = self.relu(self.norm(x)).mean((2, 3))
+        return features
 
     def block_inputs(self, images: Tensor) -> list[tuple[ODEBlock, Tensor]]:
         """Every ODE block with the state at its start, for diagnostics."""
@@ -301,9 +310,9 @@ class ODEResNet(SolverKnob, nn.Module):
         """Logits, B x num_classes, of images, B x in_channels x H x W."""
         return self.forward_head(self.forward_features(images))
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
-        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)", "head": r"^(norm|head)"}
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)", "head": r"^(?:norm|head)"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: gains and biases, those of theta(t) too."""

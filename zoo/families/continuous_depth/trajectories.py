@@ -167,9 +167,9 @@ class LatentODE(SolverKnob, nn.Module):
         divergence = 0.5 * (mean.square() + (2 * log_std).exp() - 1.0) - log_std
         return likelihood.sum(-1).mean() + divergence.sum(-1).mean() / values.shape[1]
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
-        return {"stem": r"^(recognition|posterior)", "blocks": r"^flow", "head": r"^decoder"}
+        return {"stem": r"^(?:recognition|posterior)", "blocks": r"^flow", "head": r"^decoder"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: biases."""
@@ -242,7 +242,7 @@ class TrajectoryRNN(nn.Module):
         )
         return likelihood.sum(-1).mean()
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
         return {"stem": r"^recurrent", "head": r"^out"}
 

@@ -124,10 +124,10 @@ class MultiTaskNet(nn.Module):
 
     config: RecommenderConfig | ImagePairConfig | RegressionConfig
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
         return {
-            "stem": r"^(users|items|user_side|item_side)",
+            "stem": r"^(?:users|items|user_side|item_side)",
             "blocks": r"^moe",
             "head": r"^towers",
         }
@@ -379,9 +379,9 @@ class MatrixFactorisation(nn.Module):
         u, v = (vectors.view(vectors.shape[0], tasks, -1) for vectors in (users, items))
         return (u[..., 1:] * v[..., 1:]).sum(-1) + u[..., 0] + v[..., 0]
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output."""
-        return {"stem": r"^(users|items)", "head": r"^bias"}
+        return {"stem": r"^(?:users|items)", "head": r"^bias"}
 
     def no_weight_decay(self) -> set[str]:
         """The offset."""

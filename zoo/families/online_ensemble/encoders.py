@@ -264,9 +264,9 @@ class EncoderNetwork(nn.Module):
         encodings: Tensor = self.encoder(images)
         return encodings
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output."""
-        return {"stem": r"^encoder", "head": r"^(head|deviation|decoder)"}
+        return {"stem": r"^encoder", "head": r"^(?:head|deviation|decoder)"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: vectors."""

@@ -163,7 +163,7 @@ class OnlineNetwork(nn.Module):
             return nn.functional.normalize(scores.clamp_min(0), p=1.0, dim=1)
         return scores.softmax(1)
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output."""
         return {"stem": r"^encoder", "head": r"^learner"}
 

@@ -184,9 +184,9 @@ class ShuffleNetV2(nn.Module):
                 f"expected images B x {self.config.in_channels} x H x W, got {tuple(x.shape)}"
             )
 
-    def group_matcher(self) -> dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Parameter name patterns from input to output, for layer-wise learning rates."""
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)\.(\d+)", "head": r"^(last|head)"}
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)\.(\d+)", "head": r"^(?:last|head)"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: those of normalisations and activations."""

@@ -1,0 +1,231 @@
+"""Tests of the worked examples of fine-tuning: each of them whole, with little to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.examples import give_preprocessing
+from tests.hub import published
+from tests.tiny import run
+from zoo import checkpoints, transfer
+from zoo.cards import shipped_folder
+from zoo.data.images import ImageSplit
+from zoo.data.ratings import read_ratings_csv
+from zoo.errors import ConfigError, DataError, UnknownNameError
+from zoo.families.continuous_depth import ODEResNetConfig
+from zoo.families.sau_shufflenet import ShuffleNetConfig
+from zoo.recovery import Summary
+from zoo.transfer import EXAMPLES, Point
+
+CLOTHES = 10
+
+
+def shades(count: int, channels: int, size: int, classes: int) -> ImageSplit:
+    """Pictures whose brightness tells their class."""
+    labels = torch.arange(count) % classes
+    images = (labels * 200 // classes)[:, None, None, None].repeat(1, channels, size, size)
+    return ImageSplit((images + torch.arange(size) % 20).to(torch.uint8), labels)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known sets, made."""
+
+    def read(name: str, part: str, data_dir: Any) -> ImageSplit:
+        sizes = {"fashion-mnist": (1, 28, 10), "cifar100-coarse": (3, 32, 20)}[name]
+        return shades(60 if part == "train" else 40, *sizes)
+
+    monkeypatch.setattr("zoo.data.images._read_known", read)
+
+
+def untrained(name: str, folder: Path) -> Path:
+    """A base for an example: small, and with random weights."""
+    from zoo.registry import architecture
+
+    configs: dict[str, Any] = {
+        "sau-shufflenet-v2-x0-5": ShuffleNetConfig(width=0.5, num_classes=100, in_channels=3),
+        "ode-resnet": ODEResNetConfig(num_classes=10, in_channels=1, widths=(4, 6), body_from=0),
+    }
+    module = architecture(name).module_class()(network=configs[name])
+    give_preprocessing(module)
+    if name == "ode-resnet":
+        module.preprocessing = dataclasses.replace(module.preprocessing, size=(28, 28))
+    checkpoints.save(module, folder)
+    return folder
+
+
+def check(name: str, points: list[Point], amounts: list[int], n: int) -> None:
+    arms = ["from scratch", *EXAMPLES[name].ways]
+    assert [(point.amount, point.arm) for point in points] == [
+        (amount, arm) for amount in amounts for arm in arms
+    ]
+    for point in points:
+        assert point.n == n
+        assert point.seeds == (1, 2)
+        assert len(point.values) == len(point.intervals) == 2
+        assert point.mean.mean == pytest.approx(sum(point.values) / 2)
+        for value, (low, high) in zip(point.values, point.intervals, strict=True):
+            assert low <= value <= high
+        scratch = next(p for p in points if p.arm == "from scratch" and p.amount == point.amount)
+        if point.gain is not None:
+            assert point.gain.mean == pytest.approx(point.mean.mean - scratch.mean.mean)
+
+
+def test_a_language_model_on_novels(tmp_path: Path) -> None:
+    lm = published.write_weight(tmp_path / "lm")
+    for name in ("a", "b"):
+        text = "".join(f"{name} said that {i % 7} was more than {i % 5}.\n" for i in range(60))
+        (tmp_path / f"{name}.txt").write_text(text)
+    words = ["transfer", "austen", "--base", lm, "--data", tmp_path, "--seeds", 1, 2, "--steps", 2]
+    words += ["--amounts", 300, "--out", tmp_path / "out", "--json"]
+    said = run(*words)
+    assert said.status == 0, said.err
+    held = (tmp_path / "a.txt").stat().st_size * 2 + 1
+    stored = json.loads((tmp_path / "out" / "transfer.json").read_text())
+    points = transfer.run(
+        "austen", base=lm, amounts=[300], seeds=(1, 2), steps=2, out=tmp_path / "out"
+    )
+    check("austen", points, [300], held // 4)
+    assert [point["values"] for point in stored["points"]] == [list(p.values) for p in points]
+    table = (tmp_path / "out" / "transfer.md").read_text()
+    assert table.startswith("# Tiny Shakespeare to Austen's novels\n\nData in bytes.\n\n| training")
+    assert table.count("\n| ") == 2 + len(points)
+    scratch, tuned = (
+        checkpoints.load(tmp_path / "out" / "amount_300" / "seed_1" / arm / "checkpoint")
+        for arm in ("from scratch", "fine-tuned")
+    )
+    base = checkpoints.load(lm)
+    for name, far in (("embedding.weight", scratch), ("blocks.0.mlp_in.weight", scratch)):
+        weight = base.network.state_dict()[name]
+        other = tuned.network.state_dict()[name]
+        assert (other - weight).norm() < 0.1 * (far.network.state_dict()[name] - weight).norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("mnist-to-fashion-mnist", 40),
+        pytest.param("cifar100-to-fashion-mnist", 40, marks=pytest.mark.slow),
+        pytest.param("cifar100-to-coarse", 40, marks=pytest.mark.slow),
+    ],
+)
+def test_classifiers_on_few_pictures(few: None, name: str, n: int, tmp_path: Path) -> None:
+    base = untrained(EXAMPLES[name].base.partition(".")[0], tmp_path / "base")
+    points = transfer.run(name, base=base, amounts=[2], seeds=(1, 2), steps=2, out=tmp_path / "out")
+    check(name, points, [2], n)
+    data = tmp_path / "out" / "amount_2" / "seed_1"
+    classes = 20 if name.endswith("coarse") else CLOTHES
+    assert len(list((data / "train").glob("*/*.png"))) == 2 * classes
+    assert len(list((data / "test").glob("*/*.png"))) == 40
+    one, two = (
+        {p.name for p in (tmp_path / "out" / "amount_2" / f"seed_{s}" / "train").glob("*/*")}
+        for s in (1, 2)
+    )
+    assert one != two, "each seed draws its own"
+
+
+def test_an_ensemble_meets_new_classes(few: None, tmp_path: Path) -> None:
+    from zoo.families.online_ensemble import OnlineNetworkConfig
+    from zoo.families.online_ensemble.encoders import EncoderConfig
+    from zoo.tasks.online_learning import OnlineClassifier
+
+    encoder = EncoderConfig(kind="autoencoder", dim=12)
+    module = OnlineClassifier(network=OnlineNetworkConfig(encoder=encoder))
+    digits = shades(20, 1, 28, 10)
+    module.learn(255 - digits.images, digits.labels)
+    checkpoints.save(module, tmp_path / "base")
+    before = checkpoints.load(tmp_path / "base").predict(digits.images[:2])
+    points = transfer.run(
+        "new-classes", base=tmp_path / "base", amounts=[2], seeds=(1, 2), out=tmp_path / "out"
+    )
+    check("new-classes", points, [2], 40)
+    assert checkpoints.load(tmp_path / "base").predict(digits.images[:2]) == before
+
+
+def write_ratings(folder: Path) -> Path:
+    folder.mkdir()
+    pairs = [(u, i) for i in range(12) for u in range(20) if (u + i) % 3]
+    lines = [f"{u},{i},{1 + (u * i) % 5}" for u, i in pairs]
+    (folder / "all.csv").write_text("\n".join(["user,item,rating", *lines]) + "\n")
+    return folder / "all.csv"
+
+
+def test_a_recommender_meets_new_users(tmp_path: Path) -> None:
+    path = write_ratings(tmp_path / "data")
+    tiny = [
+        "model.network.embedding_dim=4",
+        "model.network.expert_widths=[8]",
+        "model.network.tower_widths=[4]",
+        "trainer.max_epochs=1",
+        "data.batch_size=64",
+    ]
+    points = transfer.run(
+        "new-users",
+        amounts=[3],
+        seeds=(1, 2),
+        steps=2,
+        out=tmp_path / "out",
+        data=path,
+        pretraining=tiny,
+    )
+    check("new-users", points, [3], 4)  # a fifth of 20 users
+    others = read_ratings_csv(tmp_path / "out" / "base" / "ratings.csv", time_column="time")
+    new = read_ratings_csv(
+        tmp_path / "out" / "amount_3" / "seed_1" / "ratings.csv", time_column="time"
+    )
+    assert not set(others.user_ids) & set(new.user_ids)
+    assert len(others.user_ids) + len(new.user_ids) == 20
+    assert torch.bincount(new.users).tolist() == [5] * 4, "three to learn from, two held out"
+
+
+# --- what the table says -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "interval", "verdict"),
+    [
+        ("accuracy", (0.01, 0.2), "pays"),
+        ("accuracy", (-0.2, -0.01), "costs"),
+        ("accuracy", (-0.1, 0.1), "cannot tell"),
+        ("nats_per_character", (-0.2, -0.1), "pays"),
+        ("nats_per_character", (0.1, 0.2), "costs"),
+        ("squared_error", (0.0, 0.2), "cannot tell"),
+    ],
+)
+def test_verdicts(metric: str, interval: tuple[float, float], verdict: str) -> None:
+    summary = Summary(mean=sum(interval) / 2, interval=interval)
+    point = Point(arm="x", amount=5, metric=metric, n=9, seeds=(1,), values=(0.5,),
+                  intervals=((0.4, 0.6),), mean=summary, gain=summary)  # fmt: skip
+    assert point.verdict == verdict
+    (row,) = transfer.rows([point])
+    assert row[-1] == verdict
+    assert dataclasses.replace(point, gain=None).verdict == "-"
+
+
+def test_every_example_has_a_recipe_of_its_base() -> None:
+    assert len(EXAMPLES) == 6
+    for example in EXAMPLES.values():
+        assert (shipped_folder("recipes") / f"{example.base}.yaml").is_file()
+        assert "fine-tuned" in example.ways
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"No example 'austin'\. Did you mean 'austen'"):
+        transfer.run("austin")
+    with pytest.raises(ConfigError, match="at least one seed, and amounts of at least 1"):
+        transfer.run("austen", seeds=())
+    with pytest.raises(ConfigError, match="at least one seed, and amounts of at least 1"):
+        transfer.run("austen", amounts=[0])
+    lm = published.write_weight(tmp_path / "lm")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"No novels in .*none: put Austen's there as \.txt"):
+        transfer.run("austen", base=lm, data=tmp_path / "none", out=tmp_path / "out")

@@ -1,0 +1,556 @@
+"""Tests of fine-tuning whole models: what comes of it, what is kept, what is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import zoo
+from tests.hub import published
+from tests.tiny import ROOT, run, write_text
+from tests.tiny_images import CLASSES, SIZE, registered, write_folder, write_recipe
+from zoo import cards, checkpoints, evaluation, figures, finetuning, publishing, training
+from zoo.adaptation import ADAPTER_FILE
+from zoo.errors import ConfigError, DataError, ZooError
+from zoo.files import CARD_FILE, CHECKPOINT_FILES, RESULTS_FILE, WEIGHTS_FILE
+from zoo.tuning.lora import load_lora
+
+QUICK: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "progress_bar": False}
+IMAGES: dict[str, Any] = {**QUICK, "epochs": 3, "lr": 0.05, "overrides": ["data.batch_size=8"]}
+HEAD = ("head.weight", "head.bias")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def architecture() -> Iterator[None]:
+    with registered():
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of three classes, hardly trained."""
+    folder = tmp_path_factory.mktemp("base")
+    return training.fit(write_recipe(folder), ["trainer.max_epochs=1"], out=folder / "r").checkpoint
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of four classes with names of their own."""
+    folder = write_folder(tmp_path_factory.mktemp("four"), 60, seed=1)
+    for index, name in enumerate(CLASSES):
+        (folder / name).rename(folder / f"new {index}")
+    (folder / "white").mkdir()
+    for index in range(20):
+        Image.new("RGB", SIZE[::-1], (255 - index,) * 3).save(folder / "white" / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(base: Path, four: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("done") / "run"
+    return zoo.finetune(base, four, out=out, **IMAGES)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / WEIGHTS_FILE).read_bytes()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS_FILE)
+
+
+# --- what comes of it ----------------------------------------------------------------------------
+
+
+def test_an_ordinary_checkpoint_folder(done: Any) -> None:
+    checkpoint = done.finetuned.checkpoint
+    assert {path.name for path in checkpoint.iterdir()} == set(CHECKPOINT_FILES)
+    loaded = zoo.load(checkpoint)
+    assert loaded.load_report.dropped == loaded.load_report.initialised == ()
+    assert loaded.preprocessing.classes == ("new 0", "new 1", "new 2", "white")
+    assert not done.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    images = torch.rand(3, 3, *SIZE)
+    assert [p.classes for p in loaded.predict(images)] == [p.classes for p in done.predict(images)]
+
+
+def test_it_learned_on_samples_that_were_held_out(done: Any) -> None:
+    (before,), (after,) = done.finetuned.before, done.finetuned.after
+    assert before.n == after.n == 16  # a fifth of 80
+    assert after.value > before.value + 0.2
+    for outcome in (before, after):
+        assert outcome.interval == evaluation.wilson_interval(outcome.value * 16, 16)
+
+
+def test_it_evaluates_to_what_was_recorded(done: Any) -> None:
+    again = evaluation.evaluate(done.finetuned.checkpoint)
+    assert again.passed
+    assert again.value == done.finetuned.after[0].value
+
+
+def test_the_card_names_base_and_data_and_what_was_measured(
+    done: Any, base: Path, four: Path
+) -> None:
+    text = (done.finetuned.checkpoint / CARD_FILE).read_text()
+    card = cards.parse(text)
+    assert card.base_model == "tiny-classifier.made"
+    assert "\nbase_model:" not in text, "a folder of this machine is none of the Hub's business"
+    assert card.results[0].dataset == four.name
+    assert card.results[0].value == done.finetuned.after[0].value
+    assert str(four) not in text
+    assert str(base) not in text
+    for row in finetuning.rows(done.finetuned):
+        assert f"| {' | '.join(row)} |" in card.body
+    stored = json.loads((done.finetuned.checkpoint / RESULTS_FILE).read_text())["training"]
+    assert stored["finetune"]["base_model"] == "tiny-classifier.made"
+    assert stored["before"][0]["value"] == done.finetuned.before[0].value
+    assert cards.computed(card, done.finetuned.checkpoint) == card
+
+
+def test_the_recipe_gives_the_same_weights_again(done: Any, tmp_path: Path) -> None:
+    again = training.fit(done.finetuned.checkpoint / "recipe.yaml", out=tmp_path / "again")
+    assert weights(again.checkpoint) == weights(done.finetuned.checkpoint)
+
+
+def test_a_base_with_a_card_is_published(tmp_path: Path) -> None:
+    lm = published.write_weight(tmp_path / "lm")
+    text = write_text(tmp_path, 60)
+    module = zoo.finetune(
+        lm, text, epochs=1, out=tmp_path / "run", data_license="public domain", **QUICK
+    )
+    found = publishing.push(module.finetuned.checkpoint, "me/mine", dry_run=True)
+    assert set(found.sent) >= set(CHECKPOINT_FILES)
+    card = cards.parse((module.finetuned.checkpoint / CARD_FILE).read_text())
+    assert card.name == "cached-transformer-lm.text"
+    assert card.weights_license == "apache-2.0"
+
+
+def test_the_hub_is_told_the_repository_of_a_base() -> None:
+    from dataclasses import replace
+
+    card = published.card(base_model="cached-transformer-lm.tiny-shakespeare")
+    assert "\nbase_model: zoo-models/cached-transformer-lm.tiny-shakespeare\n" in cards.render(card)
+    assert "\nbase_model: me/mine\n" in cards.render(replace(card, base_model="hf://me/mine@v1"))
+    assert cards.parse(cards.render(card)) == card
+    assert "base_model" not in cards.render(published.card())
+
+
+# --- heads ---------------------------------------------------------------------------------------
+
+
+def test_a_new_head_is_the_same_whichever_way_it_is_asked_for(
+    base: Path, four: Path, tmp_path: Path
+) -> None:
+    loaded = zoo.load(base, num_classes=4, seed=5)
+    torch.manual_seed(5)
+    from_global = zoo.load(base, num_classes=4)
+    still = {**IMAGES, "epochs": 1, "freeze": ["head"]}
+    by_name = zoo.finetune(base, four, seed=5, out=tmp_path / "a", **still)
+    in_memory = zoo.finetune(loaded, four, seed=7, out=tmp_path / "b", **still)
+    asked = zoo.finetune(base, four, num_classes=4, seed=5, out=tmp_path / "c", **still)
+    other = zoo.load(base, num_classes=4, seed=6)
+    for name in HEAD:
+        expected = loaded.network.state_dict()[name]
+        for module in (from_global, by_name, in_memory, asked):
+            assert torch.equal(module.network.state_dict()[name], expected), name
+        assert not torch.equal(other.network.state_dict()[name], expected)
+
+
+def test_the_same_classes_keep_their_head(base: Path, tmp_path: Path) -> None:
+    same = write_folder(tmp_path / "same", 30, seed=4)
+    module = zoo.finetune(
+        base, same, out=tmp_path / "run", freeze="*.bias", **{**IMAGES, "epochs": 1}
+    )
+    assert torch.equal(module.network.head.bias, tensors(base)["head.bias"])
+
+
+# --- frozen, adapted -----------------------------------------------------------------------------
+
+
+def test_a_frozen_encoder_is_the_base_bit_for_bit(base: Path, four: Path, tmp_path: Path) -> None:
+    module = zoo.finetune(base, four, out=tmp_path / "run", freeze="encoder", **IMAGES)
+    before, after = tensors(base), tensors(module.finetuned.checkpoint)
+    assert before.keys() == after.keys()
+    assert {"norm.running_mean", "norm.num_batches_tracked"} <= before.keys()
+    for name in before.keys() - set(HEAD):
+        assert torch.equal(before[name], after[name]), name
+    fresh = zoo.load(base, num_classes=4, seed=0).network.state_dict()
+    for name in HEAD:
+        assert not torch.equal(fresh[name], after[name]), name
+
+
+@pytest.mark.parametrize("variant", ["lora", "lora-fa"])
+def test_adapters_are_merged_and_saved_alone(variant: Any, tmp_path: Path) -> None:
+    lm = published.write_weight(tmp_path / "lm")
+    text = write_text(tmp_path, 60)
+    options = {"epochs": 2, "lr": 0.02, "adapters": variant, "rank": 2, "target": "mlp_in"}
+    module = zoo.finetune(lm, text, out=tmp_path / "run", **options, **QUICK)
+    before, after = tensors(lm), tensors(module.finetuned.checkpoint)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"blocks.0.mlp_in.weight"}
+    stored = load_file(tmp_path / "run" / ADAPTER_FILE)
+    a, b = (stored[f"blocks.0.mlp_in.lora_{part}"] for part in "ab")
+    torch.testing.assert_close(
+        after["blocks.0.mlp_in.weight"], before["blocks.0.mlp_in.weight"] + b @ a
+    )
+    adapted = zoo.load(lm)
+    load_lora(adapted.network, tmp_path / "run" / ADAPTER_FILE)
+    score = adapted.predict("line 1")[0].log_likelihood
+    assert score == pytest.approx(module.predict("line 1")[0].log_likelihood, rel=1e-5)
+    assert module.finetuned.after[0].value < module.finetuned.before[0].value
+
+
+def test_adapters_beside_a_new_head(base: Path, four: Path, tmp_path: Path) -> None:
+    """The tiny classifier has no layer for one but its head, which is new and learns whole."""
+    with pytest.raises(
+        ConfigError, match="TinyNet has no layer for an adapter beside its new head"
+    ):
+        zoo.finetune(base, four, out=tmp_path / "run", adapters="lora", rank=1, **IMAGES)
+    assert not (tmp_path / "run").exists()
+
+
+# --- other kinds of data -------------------------------------------------------------------------
+
+
+def test_the_command_on_a_text(tmp_path: Path) -> None:
+    lm = published.write_weight(tmp_path / "lm")
+    text = write_text(tmp_path, 60)
+    words = ["finetune", lm, "--data", text, "--epochs", 1, "--out", tmp_path / "run"]
+    words += ["--layer-decay", 0.5, "--freeze", "embedding", "--accelerator", "cpu"]
+    said = run(*words, "data.streams=4", "--json")
+    assert said.status == 0, said.err
+    assert {o["protocol"] for o in said.json["after"]} == {"stream", "blocks"}
+    assert said.json["before"][0]["n"] == said.json["after"][0]["n"] > 100
+    recipe = training.read_recipe(Path(said.json["checkpoint"]) / "recipe.yaml")
+    assert recipe.options["model"]["optimizer"]["layer_decay"] == 0.5
+    assert recipe.options["data"]["streams"] == 4
+    assert recipe.finetune is not None
+    assert recipe.finetune.freeze == "embedding"
+    again = run(*words, "data.streams=4")
+    assert again.status == 0, again.err
+    assert again.out.startswith("protocol  metric")
+    assert f"{said.json['after'][0]['value']:.4f}" in again.out
+    assert run("evaluate", said.json["checkpoint"]).status == 0
+    assert run("generate", said.json["checkpoint"], "--prompt", "line").out.startswith("line")
+
+
+def recommender(folder: Path, pairs: list[tuple[str, str]]) -> Path:
+    path = folder / "ratings.csv"
+    lines = [f"{user},{item},{1 + index % 5}" for index, (user, item) in enumerate(pairs)]
+    path.write_text("\n".join(["user,item,rating", *lines]) + "\n")
+    return path
+
+
+def test_users_and_items_keep_their_vectors_by_id(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    old = recommender(tmp_path / "old", [(f"u{u}", f"i{i}") for i in range(6) for u in range(5)])
+    new = recommender(
+        tmp_path / "new", [(u, f"i{i}") for i in (5, 9, 2, 3) for u in ("u3", "v0", "v1")]
+    )
+    recipe = training.read_recipe(
+        "dselect-k-recommender.movielens-100k",
+        [
+            f"data.path={old}",
+            "data.batch_size=16",
+            "trainer.max_epochs=1",
+            "trainer.accelerator=cpu",
+            "trainer.enable_progress_bar=false",
+            "model.network.num_users=5",
+            "model.network.num_items=6",
+            "model.network.embedding_dim=4",
+            "model.network.expert_widths=[8]",
+            "model.network.tower_widths=[4]",
+        ],
+    )
+    base = training.fit(recipe, out=tmp_path / "base").checkpoint
+    still = {"freeze": ["users", "items"], "epochs": 1, **QUICK}
+    module: Any = zoo.finetune(base, new, out=tmp_path / "run", **still)
+    before, after = tensors(base), tensors(module.finetuned.checkpoint)
+    assert module.catalogue.users == ("u3", "v0", "v1")
+    assert module.catalogue.items == ("i2", "i3", "i5", "i9")
+    assert torch.equal(after["users.weight"][0], before["users.weight"][3])
+    assert torch.equal(after["items.weight"][:3], before["items.weight"][[2, 3, 5]])
+    assert not (after["users.weight"][1] == before["users.weight"]).all(1).any()
+    assert module.watch_weight == 0.5
+    kept = training.read_recipe(module.finetuned.checkpoint / "recipe.yaml")
+    assert kept.options["model"]["watch_weight"] == 0.8, "it is trained as the base was"
+    assert {outcome.protocol for outcome in module.finetuned.after} == {"ndcg", "recall", "rating"}
+
+
+def test_a_data_module(base: Path, four: Path, done: Any, tmp_path: Path) -> None:
+    from zoo.data.images import AugmentConfig, ImageDataModule
+
+    data = ImageDataModule(
+        path=str(four), size=SIZE, batch_size=8, augment=AugmentConfig(flip=True)
+    )
+    module = zoo.finetune(base, data, out=tmp_path / "run", epochs=1, **QUICK)
+    recipe = training.read_recipe(module.finetuned.checkpoint / "recipe.yaml")
+    assert recipe.options["data"]["augment"]["flip"] is True
+    assert recipe.options["data"]["batch_size"] == 8
+    assert evaluation.evaluate(module.finetuned.checkpoint).passed
+    columns = {"user_column": "u", "item_column": "i", "time_column": "t"}
+    ratings: Any = training._import(training.DATA_MODULES["ratings"])(path="r.csv", **columns)
+    name, options = training.options_of(ratings)
+    assert name == "ratings"
+    assert {key: options[key] for key in columns} == columns
+
+
+# --- interrupted and resumed ---------------------------------------------------------------------
+
+_KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from tests.tiny_images import TinyClassifier, registered
+import zoo
+base, data, out, kill = sys.argv[1:]
+step = TinyClassifier.training_step
+def training_step(self, batch, batch_idx):
+    if kill == "kill" and (self.current_epoch, batch_idx) == (1, 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+TinyClassifier.training_step = training_step
+with registered():
+    zoo.finetune(base, data, out=out, epochs=3, lr=0.05, overrides=["data.batch_size=8"],
+                 accelerator="cpu", devices=1, progress_bar=False)
+"""
+
+
+def test_killed_in_mid_epoch_and_resumed_by_the_same_call(
+    base: Path, four: Path, done: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(base), str(four), str(out), "kill"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (out / "checkpoint").exists()
+    assert not list(out.rglob("*.part"))
+    assert torch.load(out / "last.ckpt", weights_only=True)["epoch"] == 0
+    resumed = zoo.finetune(base, four, out=out, **IMAGES)
+    assert weights(resumed.finetuned.checkpoint) == weights(done.finetuned.checkpoint)
+    assert resumed.finetuned.before == done.finetuned.before
+    assert resumed.finetuned.after == done.finetuned.after
+
+
+def test_another_fine_tuning_does_not_go_on_with_it(done: Any, base: Path, four: Path) -> None:
+    before = weights(done.finetuned.checkpoint)
+    with pytest.raises(ConfigError, match="Section 'zoo' differs from that of the run in"):
+        zoo.finetune(base, four, out=done.finetuned.folder, freeze="encoder", **IMAGES)
+    assert weights(done.finetuned.checkpoint) == before
+
+
+def test_a_run_from_before_an_option_existed_goes_on() -> None:
+    before = {"model": {"lr": 1.0}, "x": None}
+    assert training._agree(before, {"model": {"lr": 1.0, "layer_decay": None}, "x": None})
+    assert not training._agree(before, {"model": {"lr": 1.0, "layer_decay": 0.5}, "x": None})
+    assert not training._agree(before, {"model": {"lr": 2.0}, "x": None})
+    assert not training._agree({"model": {"lr": 1.0, "gone": 1}}, {"model": {"lr": 1.0}})
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def pictures(folder: Path, *names: str) -> Path:
+    for name in names:
+        write = folder / name
+        write.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(write / "1.png")
+        Image.new("RGB", (4, 4)).save(write / "2.png")
+    return folder
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def damaged(folder: Path) -> Path:
+    pictures(folder, "a", "b")
+    (folder / "a" / "1.png").write_bytes(b"not a picture")
+    return folder
+
+
+def file(folder: Path, name: str, content: bytes) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+PICTURES = {
+    "empty": (empty, {}, "is empty; give one of: a folder with one folder of pictures"),
+    "one class": (lambda f: pictures(f, "a"), {}, "has one folder, 'a'; it needs one folder"),
+    "no picture": (lambda f: (pictures(f, "a", "b"), (f / "c").mkdir(), f)[2], {},
+                   "c has no pictures."),
+    "unreadable": (damaged, {}, "1 of 4 pictures cannot be read: "),
+    "missing": (lambda f: f / "no", {}, "There is no file or folder "),
+    "a text": (lambda f: file(f, "a.txt", b"text"), {},
+               "learns from a folder with one folder of pictures for each class, but "),
+    "classes": (lambda f: pictures(f, "a", "b"), {"num_classes": 3},
+                "The data have 2 classes (a, b), but the head is for 3: give num_classes=2, or"),
+    "pattern": (lambda f: pictures(f, "a", "b"), {"freeze": ["nrom"]},
+                "Nothing in TinyNet is called 'nrom'. Did you mean 'norm'"),
+    "nothing left": (lambda f: pictures(f, "a", "b"), {"freeze": "*"},
+                     "freeze='*' leaves nothing to train."),
+    "adapters": (lambda f: pictures(f, "a", "b"), {"adapters": "lora", "target": "haed"},
+                 "No layer 'haed' for an adapter. Did you mean 'head'? There are: head."),
+    "kind": (lambda f: pictures(f, "a", "b"), {"adapters": "dora"}, "zoo.finetune: adapters: "),
+    "both": (lambda f: pictures(f, "a", "b"), {"adapters": "lora", "freeze": "encoder"},
+             "adapters freeze everything else, so freeze must be left out"),
+    "target": (lambda f: pictures(f, "a", "b"), {"target": "head"}, "target is for adapters"),
+    "epochs": (lambda f: pictures(f, "a", "b"), {"epochs": 0}, "epochs must be at least 1, got 0"),
+    "decay": (lambda f: pictures(f, "a", "b"), {"layer_decay": 2.0}, "layer_decay must be in (0"),
+    "override": (lambda f: pictures(f, "a", "b"), {"overrides": ["dta.x=1"]},
+                 "Unknown section 'dta'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_bad_input_is_one_line_before_anything_starts(
+    case: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lightning.pytorch as pl
+
+    def started(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("training has started")
+
+    monkeypatch.setattr(pl.Trainer, "fit", started)
+    write, options, message = PICTURES[case]
+    data = write(tmp_path / "data")
+    with pytest.raises(ZooError) as caught:
+        zoo.finetune(base, data, out=tmp_path / "run", **{**QUICK, **options})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_module_whose_head_is_for_other_classes(base: Path, four: Path, tmp_path: Path) -> None:
+    module = zoo.load(base, num_classes=7)
+    with pytest.raises(ConfigError, match=r"The data have 4 classes .* but the head is for 7"):
+        zoo.finetune(module, four, out=tmp_path / "run", **QUICK)
+
+
+def test_a_csv_without_the_columns(tmp_path: Path) -> None:
+    shutil.copytree(_untrained("dselect-k-recommender", tmp_path), tmp_path / "base")
+    data = file(tmp_path / "data", "r.csv", b"user,film,rating\n1,2,3\n")
+    said = run("finetune", tmp_path / "base", "--data", data, "--out", tmp_path / "run")
+    assert said.status == 2
+    (line,) = said.err.splitlines()
+    assert line.endswith("r.csv has no column 'item'. There are: user, film, rating.")
+    assert not (tmp_path / "run").exists()
+
+
+def _untrained(name: str, folder: Path) -> Path:
+    from tests.examples import give_preprocessing
+    from zoo.registry import architecture
+
+    module = architecture(name).module_class()()
+    give_preprocessing(module)
+    checkpoints.save(module, folder / name)
+    return folder / name
+
+
+def test_models_that_are_not_fine_tuned_by_gradient(tmp_path: Path) -> None:
+    from zoo.tasks.online_learning import OnlineClassifier
+
+    with pytest.raises(ConfigError, match=r"learns a stream in place: call its learn\("):
+        zoo.finetune(OnlineClassifier(), tmp_path, **QUICK)
+    with pytest.raises(ConfigError, match="A list is no model of the zoo"):
+        zoo.finetune([], tmp_path, **QUICK)  # type: ignore[arg-type]
+    flow = _untrained("continuous-flow", tmp_path)
+    with pytest.raises(ConfigError, match=r"is for density-estimation; give a data module of zoo"):
+        zoo.finetune(flow, tmp_path, **QUICK)
+
+
+def test_a_data_module_of_ones_own(base: Path, tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+
+    class Mine(pl.LightningDataModule):
+        pass
+
+    with pytest.raises(ConfigError, match=r"Mine is no data module of the zoo, .* use zoo\.tuning"):
+        zoo.finetune(base, Mine(), out=tmp_path / "run", **QUICK)
+
+
+def test_a_base_of_another_architecture(four: Path, done: Any, tmp_path: Path) -> None:
+    recipe = done.finetuned.checkpoint / "recipe.yaml"
+    other = published.write_weight(tmp_path / "lm")
+    text = recipe.read_text().replace(
+        str(training.read_recipe(recipe).finetune.base_model), str(other)
+    )  # type: ignore[union-attr]
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="is a LanguageModel, and the recipe is for a TinyClass"):
+        training.fit(tmp_path / "r.yaml", out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.csv", "ratings"), ("a.CSV", "ratings"),
+                                            ("a.txt", "text"), ("a", "text")])  # fmt: skip
+def test_kinds_of_data(name: str, kind: str, tmp_path: Path) -> None:
+    assert finetuning.detect(file(tmp_path, name, b"x")) == kind
+    assert finetuning.detect(tmp_path) == "images"
+    with pytest.raises(DataError, match="There is no file or folder"):
+        finetuning.detect(tmp_path / "b" / "c")
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    """The validation loss after every step, and the weights, at equal global batch."""
+    lm = published.write_weight(tmp_path / "lm")
+    text = write_text(tmp_path, 60)
+    said = {}
+    for name, words in {
+        "one": ["--devices", "1"],
+        "two": ["--devices", "2", "--strategy", "ddp"],
+    }.items():
+        command = [
+            "finetune",
+            lm,
+            "--data",
+            text,
+            "--epochs",
+            "2",
+            "--out",
+            tmp_path / name,
+            *words,
+        ]
+        options = ["--accelerator", "cpu", "data.streams=4", "trainer.val_check_interval=1"]
+        done = subprocess.run(
+            [sys.executable, "-m", "zoo.cli", *map(str, command), *options, "--json"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        said[name] = json.loads(done.stdout)
+    curves = {name: figures.read_metrics(tmp_path / name)["val_loss"] for name in said}
+    assert len(curves["one"]) >= 10
+    assert [step for step, _ in curves["two"]] == [step for step, _ in curves["one"]]
+    values = [[value for _, value in curves[name]] for name in ("one", "two")]
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    assert values[0][-1] < values[0][0]
+    one, two = (tensors(tmp_path / name / "checkpoint") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    for key in ("n", "protocol"):
+        assert [o[key] for o in said["one"]["after"]] == [o[key] for o in said["two"]["after"]]

@@ -1,0 +1,471 @@
+"""Fine-tune any weight on your own data, and say what came of it.
+
+The training itself is that of `zoo.training`: a run folder with a resolved recipe, resumed by the
+same call. What comes out is an ordinary checkpoint folder, with its results and a card that names
+the base, the data, and what was measured before and after on samples that were held out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from zoo import cards, checkpoints, evaluation, files, hub, training
+from zoo.cards import Card, HubLocation, Measurements, Paper
+from zoo.configs import build, to_json
+from zoo.errors import ConfigError, DataError, nearest
+from zoo.evaluation import Outcome
+from zoo.registry import Architecture, architecture_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
+
+    from zoo.tasks.base import ZooModule
+
+__all__ = ["FineTuned", "detect", "finetune", "rows"]
+
+_BEFORE = "before.json"
+_KINDS = {
+    "images": "a folder with one folder of pictures for each class",
+    "ratings": "a CSV file of ratings",
+    "text": "a text file",
+}
+_TASKS = {
+    "image-classification": "images",
+    "recommendation": "ratings",
+    "language-modeling": "text",
+}
+"""Task -> the kind of data that it is fine-tuned on."""
+
+_BATCHES = {"images": {"batch_size": 32}, "ratings": {"batch_size": 256}, "text": {"streams": 8}}
+"""Smaller than when training from scratch, since there is less data; overrides change it."""
+
+_NOT_INHERITED = ("network", "optimizer", "compile", "ema_decay", "encoder_weights")
+"""Options of a base's training that fine-tuning does not go on with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuned:
+    """A finished fine-tuning.
+
+    Attributes:
+        folder: the run folder.
+        checkpoint: the checkpoint folder in it.
+        before, after: what was measured on the samples that were held out, by the same protocols.
+    """
+
+    folder: Path
+    checkpoint: Path
+    before: tuple[Outcome, ...]
+    after: tuple[Outcome, ...]
+
+
+def finetune(
+    model: str | os.PathLike[str] | ZooModule,
+    data: str | os.PathLike[str] | LightningDataModule,
+    *,
+    epochs: int = 3,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    freeze: str | Sequence[str] | None = None,
+    layer_decay: float | None = None,
+    adapters: Literal["lora", "lora-fa"] | None = None,
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | Sequence[str] | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    data_license: str = "",
+    accelerator: str | None = None,
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    strategy: str | None = None,
+    progress_bar: bool = True,
+    overrides: Sequence[str] = (),
+) -> ZooModule:
+    """Fine-tune a model, measure it before and after, and write a checkpoint folder with a card.
+
+    An interrupted run goes on by the same call. At an epoch boundary it then equals the
+    uninterrupted one, bit for bit on a CPU.
+
+    Args:
+        model: a name, a checkpoint folder, a repository on the Hub, or a loaded module.
+        data: a folder of class folders (or of `train` and `test` with such), a CSV of ratings, a
+            text file, or a data module of the zoo. Part of it is held out, as the data module says.
+        epochs: passes over the data.
+        lr: peak learning rate of AdamW.
+        weight_decay: of matrices, decoupled.
+        freeze: "encoder" for all but the head, or shell wildcards on names of parts and tensors;
+            what is frozen stays as it is, BatchNorm statistics included. None: everything learns.
+        layer_decay: factor of the learning rate from a group of layers to the one before it.
+        adapters: learn low-rank adapters alone, and a head that is new. They are merged in the end,
+            and also saved alone, as `<out>/adapter.safetensors`.
+        rank, alpha, target: of the adapters; see `zoo.tuning.lora.add_lora`.
+        num_classes: how many classes the data must have; None: as many as they have.
+        seed: of a new head, of adapters, and of the order of the data.
+        out: run folder; None: `runs/<name>`.
+        name: of the new weight, after the dot; None: after the data.
+        data_license: for the card; `zoo push` wants it.
+        accelerator, devices, num_nodes, strategy: of Lightning's Trainer.
+        progress_bar: whether to show one.
+        overrides: `section.key=value`, changes to the recipe that comes of all this.
+
+    Returns:
+        The fine-tuned module, in eval mode; its `finetuned` says what was measured before and after
+        (None in all processes but the first), and where its checkpoint folder is.
+
+    Raises:
+        ConfigError: an argument is wrong, or model and data do not fit each other.
+        DataError: the data are missing, damaged or too few.
+        ZooError: the run folder cannot be used.
+        KeyboardInterrupt: the training was interrupted.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    base, source, label, card, inherited = _base(model)
+    entry = architecture_of(type(base))
+    if entry.task == "online-learning":
+        raise ConfigError(
+            f"{label} learns a stream in place: call its learn(images, labels), which takes new "
+            f"classes at any time."
+        )
+    kind, options = _described(data, base, entry, label, seed)
+    tag = _slug(name or str(options.get("path") or options.get("dataset") or kind))
+    folder = Path("runs") / f"{entry.name}.{tag}" if out is None else Path(out)
+    in_memory = not isinstance(model, (str, os.PathLike))
+    trainer = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "strategy": strategy,
+    }
+    values = {
+        "zoo": {
+            "architecture": entry.name,
+            "data": kind,
+            "weight": f"{entry.name}.{tag}",
+            "finetune": {
+                "base_model": str(folder / "base") if in_memory else source,
+                "freeze": freeze if freeze is None or isinstance(freeze, str) else list(freeze),
+                "adapters": adapters,
+                "rank": rank,
+                "alpha": alpha,
+                "target": [target] if isinstance(target, str) else target and list(target),
+            },
+        },
+        "seed_everything": seed,
+        "trainer": {
+            "max_epochs": epochs,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 10,
+            "enable_model_summary": False,
+            "enable_progress_bar": progress_bar,
+            **{key: value for key, value in trainer.items() if value is not None},
+        },
+        "model": {
+            **inherited,
+            "network": to_json(base.config),
+            "optimizer": {
+                "name": "adamw",
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "schedule": "one-cycle",
+                "warmup_fraction": 0.1,
+                "layer_decay": layer_decay,
+            },
+        },
+        "data": options,
+    }
+    if epochs < 1:
+        raise ConfigError(f"epochs must be at least 1, got {epochs}")
+    recipe = training.make_recipe(values, overrides, Path(f"{tag}.yaml"))
+    datamodule = training.data_module(recipe)
+    datamodule.setup()
+    recipe.options["model"]["network"].update(
+        _sizes(base, datamodule, num_classes, fixed=in_memory)
+    )
+
+    def prepared(module: ZooModule, datamodule: Any) -> None:
+        if rank_zero_only.rank == 0:
+            if in_memory:
+                checkpoints.save(base, folder / "base")
+            found = evaluation.evaluate_module(module, datamodule)
+            values = {"outcomes": [_plain(outcome) for outcome in found]}
+            files.write_json(folder / _BEFORE, values)
+
+    done = training.fit(recipe, out=folder, resume=True, base=base, prepared=prepared)
+    if rank_zero_only.rank:
+        tuned: ZooModule = done.module
+        return tuned
+    module = checkpoints.load(done.checkpoint)
+    recipe = training.read_recipe(done.checkpoint / files.RECIPE_FILE)
+    after = evaluation.evaluate_module(module, datamodule)
+    stored = files.read_json(folder / _BEFORE)["outcomes"]
+    before = tuple(build(Outcome, outcome, str(folder / _BEFORE)) for outcome in stored)
+    finished = FineTuned(folder=folder, checkpoint=done.checkpoint, before=before, after=after)
+    _record(finished, recipe, label, card, data_license, seed)
+    module.finetuned = finished
+    return module
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+class _Base(NamedTuple):
+    """What is fine-tuned."""
+
+    module: ZooModule
+    source: str
+    """Where to find it again."""
+    title: str
+    """What it is called; of a folder not where it is, which is nobody's business."""
+    card: Card | None
+    inherited: dict[str, Any]
+    """Options of its training to go on with."""
+
+
+def _base(model: str | os.PathLike[str] | ZooModule) -> _Base:
+    if not isinstance(model, (str, os.PathLike)):
+        from zoo.tasks.base import ZooModule
+
+        given: Any = model
+        if not isinstance(given, ZooModule):
+            raise ConfigError(
+                f"A {type(given).__name__} is no model of the zoo, nor a name of one."
+            )
+        title = model.loaded_from or architecture_of(type(model)).name
+        known = cards.load_cards().get(title)
+        if known is None and Path(title).is_dir():
+            title = architecture_of(type(model)).name
+        return _Base(model, "", title, known, {})
+    folder, card = hub.resolve(model)
+    module = checkpoints.load(folder, files=None if card is None else card.files)
+    source = title = os.fspath(model)
+    if card is None and (folder / files.CARD_FILE).is_file():
+        text = files.read_bytes(folder / files.CARD_FILE).decode("utf-8", errors="replace")
+        card = cards.parse(text, where=str(folder / files.CARD_FILE))
+    elif card is not None and card.name in cards.load_cards():
+        source = title = card.name
+    weight, inherited = "", dict[str, Any]()
+    if (folder / files.RECIPE_FILE).is_file():
+        trained = training.read_recipe(folder / files.RECIPE_FILE)
+        weight, options = trained.weight, trained.options.get("model", {})
+        inherited = {key: options[key] for key in options if key not in _NOT_INHERITED}
+    if Path(source).is_dir():
+        title = weight or architecture_of(type(module)).name
+    return _Base(module, source, title, card, inherited)
+
+
+def _sizes(
+    base: ZooModule, datamodule: Any, num_classes: int | None, *, fixed: bool
+) -> dict[str, int]:
+    """Arguments of the network that the data decide.
+
+    Raises:
+        ConfigError: the data have other classes than were asked for.
+    """
+    if hasattr(datamodule, "ratings"):
+        ratings = datamodule.ratings
+        return {"num_users": len(ratings.user_ids), "num_items": len(ratings.item_ids)}
+    if not hasattr(base.config, "num_classes"):
+        if num_classes is not None:
+            raise ConfigError(f"{type(base).__name__} has no classes; leave out num_classes.")
+        return {}
+    have = len(datamodule.preprocessing.classes)
+    wanted = base.config.num_classes if fixed and num_classes is None else num_classes
+    if wanted not in (None, have):
+        names = ", ".join(datamodule.preprocessing.classes[:5]) + (", ..." if have > 5 else "")
+        raise ConfigError(
+            f"The data have {have} classes ({names}), but the head is for {wanted}: give "
+            f"num_classes={have}, or none."
+        )
+    return {"num_classes": have}
+
+
+# --- the data ------------------------------------------------------------------------------------
+
+
+def detect(path: str | os.PathLike[str]) -> str:
+    """What kind of data a path holds: "images", "ratings" or "text".
+
+    Raises:
+        DataError: there is nothing, or nothing that is known.
+    """
+    path = Path(path).expanduser()
+    kinds = "; ".join(_KINDS.values())
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise DataError(f"The folder {path} is empty; give one of: {kinds}.")
+        return "images"
+    if not path.exists():
+        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"There is no file or folder {path}.{nearest(str(path), near)}")
+    return "ratings" if path.suffix.lower() == ".csv" else "text"
+
+
+def _described(
+    data: Any, base: ZooModule, entry: Architecture, label: str, seed: int
+) -> tuple[str, dict[str, Any]]:
+    """Name and options of the data module."""
+    if not isinstance(data, (str, os.PathLike)):
+        return training.options_of(data)
+    if entry.task not in _TASKS:
+        raise ConfigError(
+            f"{label} is for {entry.task}; give a data module of zoo.data, since no file or folder "
+            f"says what it learns from."
+        )
+    kind, wanted = detect(data), _TASKS[entry.task]
+    if kind != wanted:
+        raise DataError(
+            f"{label} is for {entry.task} and learns from {_KINDS[wanted]}, but {data} is "
+            f"{'a folder' if kind == 'images' else _KINDS[kind]}."
+        )
+    options: dict[str, Any] = {"path": os.fspath(data), "seed": seed, **_BATCHES[kind]}
+    if kind == "text":
+        options["segment"] = base.config.segment
+    elif base.preprocessing is None:
+        raise ConfigError(f"{label} was not trained, so it does not know what its input is.")
+    elif kind == "ratings":
+        options["scale"] = list(base.preprocessing.scale)
+    else:
+        known = base.preprocessing
+        options |= {"size": list(known.size), "channels": known.channels}
+    return kind, options
+
+
+def _slug(name: str) -> str:
+    """A name in kebab case, of that of a file or folder."""
+    text = re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower()).strip("-")
+    return text or "mine"
+
+
+# --- what came of it -----------------------------------------------------------------------------
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    return {key: value for key, value in to_json(outcome).items() if value is not None}
+
+
+def _record(
+    done: FineTuned,
+    recipe: training.Recipe,
+    base_model: str,
+    base_card: Card | None,
+    data_license: str,
+    seed: int,
+) -> None:
+    """Write results and card into the checkpoint folder."""
+    facts = training.read_facts(done.folder)
+    results = tuple(
+        dataclasses.replace(
+            evaluation.as_result(
+                outcome,
+                recipe,
+                seeds=(seed,),
+                command=f"zoo evaluate {done.checkpoint}",
+                cpu_minutes=facts["cpu_minutes"],
+                primary=index == 0,
+            ),
+            dataset=_data_name(recipe),
+        )
+        for index, outcome in enumerate(done.after)
+    )
+    assert recipe.finetune is not None
+    how = {**to_json(recipe.finetune), "base_model": base_model}
+    facts |= {"finetune": how, "before": [_plain(outcome) for outcome in done.before]}
+    measured = Measurements(weight=recipe.weight, results=results, training=facts)
+    files.write_json(done.checkpoint / files.RESULTS_FILE, to_json(measured))
+    name, _, tag = recipe.weight.partition(".")
+    empty = Paper(title="", authors="", year=0, url="")
+    card = Card(
+        architecture=name,
+        weight=tag,
+        default=False,
+        recipe=f"{recipe.weight}.yaml",
+        input=base_card.input if base_card else "",
+        output=base_card.output if base_card else "",
+        code_license=base_card.code_license if base_card else "",
+        weights_license=base_card.weights_license if base_card else "",
+        data_license=data_license,
+        datasets=(),
+        hub=HubLocation(repo_id=f"your-name/{recipe.weight}"),
+        paper=base_card.paper if base_card else empty,
+        base_model=base_model,
+        body=_body(done, recipe, base_model),
+    )
+    text = cards.render(cards.computed(card, done.checkpoint))
+    training.write_atomically(done.checkpoint / files.CARD_FILE, text)
+
+
+def _data_name(recipe: training.Recipe) -> str:
+    """The data in a word; of a path its last part, since the others are nobody's business."""
+    options = recipe.options["data"]
+    path = options.get("path")
+    return Path(path).name if path else str(options.get("dataset", recipe.data))
+
+
+def rows(done: FineTuned) -> list[list[str]]:
+    """What was measured before and after, in words, one row for each protocol."""
+    table = []
+    for before, after in zip(done.before, done.after, strict=True):
+        cells = [
+            f"{o.value:.4f} ({o.interval[0]:.4f} to {o.interval[1]:.4f})" for o in (before, after)
+        ]
+        table.append([after.protocol, after.metric.replace("_", " "), f"{after.n:,}", *cells])
+    return table
+
+
+def _body(done: FineTuned, recipe: training.Recipe, base_model: str) -> str:
+    how = recipe.finetune
+    assert how is not None
+    learned = "everything was trained"
+    if how.adapters is not None:
+        learned = f"{how.adapters} adapters of rank {how.rank} were trained and merged"
+    elif how.freeze is not None:
+        kept = [how.freeze] if isinstance(how.freeze, str) else how.freeze
+        learned = f"all was trained but {', '.join(f'`{part}`' for part in kept)}"
+    header = ["protocol", "metric", "samples", "before", "after"]
+    lines = [header, ["---"] * len(header), *rows(done)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"""
+# {recipe.weight}
+
+Fine-tuned from `{base_model}` on `{_data_name(recipe)}`: {learned}.
+
+On what was held out, with 95 % intervals for its sampling; before means the base, with a fresh head
+where the classes are others.
+
+{table}
+
+```python
+import zoo
+
+model = zoo.load("path/to/this/folder")
+```
+
+## Results
+
+<!-- zoo:results -->
+<!-- /zoo:results -->
+
+## Controls
+
+<!-- zoo:controls -->
+<!-- /zoo:controls -->
+
+## Reported elsewhere
+
+<!-- zoo:reported -->
+<!-- /zoo:reported -->
+
+## Files
+
+<!-- zoo:files -->
+<!-- /zoo:files -->
+"""

@@ -1,0 +1,529 @@
+"""Does pretraining pay? Fine-tuning against training from scratch on the same few samples.
+
+Each example fine-tunes one weight of the zoo on other data, of which there are few, and trains the
+same network from scratch on the same samples for as many steps, with the same seeds. What both are
+measured on is held out and the same throughout. Runs that are finished are kept, so the command can
+be interrupted and repeated.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zoo import checkpoints, evaluation, finetuning, hub, training
+from zoo.data.images import ImageDataModule, ImageSplit
+from zoo.data.ratings import Ratings, RatingsDataModule, read_ratings_csv
+from zoo.data.sources import data_dirs
+from zoo.errors import ConfigError, DataError, UnknownNameError, nearest
+from zoo.evaluation import Outcome
+from zoo.files import read_json, write_json
+from zoo.progress import track
+from zoo.recovery import Summary, summarise
+
+__all__ = ["EXAMPLES", "Example", "Point", "rows", "run", "write"]
+
+SCRATCH, PRETRAINED = "from scratch", "fine-tuned"
+_OUTCOME = "outcome.json"
+_TEST_IMAGES = 2000
+_TEST_BYTES = 200_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """What one way to train came to with one amount of data.
+
+    Attributes:
+        arm: "from scratch", or a way to fine-tune.
+        amount: of data, in the unit of the example.
+        metric, n: what was measured, and of how many samples that were held out.
+        seeds: of the few samples and of the training.
+        values: one for each seed.
+        intervals: 95 % for the sampling of the `n` samples, one for each seed.
+        mean: over seeds, with a 95 % interval over seeds.
+        gain: value less that from scratch, paired over seeds; None for that one itself.
+    """
+
+    arm: str
+    amount: int
+    metric: str
+    n: int
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
+    mean: Summary
+    gain: Summary | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether pretraining paid, where all of the interval of the gain says so."""
+        if self.gain is None:
+            return "-"
+        low, high = self.gain.interval
+        if self.metric in _SMALLER_IS_BETTER:
+            low, high = -high, -low
+        return "pays" if low > 0 else "costs" if high < 0 else "cannot tell"
+
+
+_SMALLER_IS_BETTER = ("nats_per_character", "squared_error", "cross_entropy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """One weight and other data.
+
+    Attributes:
+        base: the weight.
+        title: in words.
+        unit: of `amounts`.
+        amounts: of data to train on.
+        steps: of every training, about.
+        lr: from scratch, the recipe's order of magnitude.
+        ways: name of each way to fine-tune -> options of `zoo.finetune`.
+        write: folder, amount, seed, source -> data to train on, and options of the data module.
+    """
+
+    base: str
+    title: str
+    unit: str
+    amounts: tuple[int, ...]
+    steps: int
+    lr: float
+    ways: Mapping[str, Mapping[str, Any]]
+    write: Callable[[Path, int, int, Path | None], tuple[Path, dict[str, Any]]]
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def _novels(source: Path | None) -> bytes:
+    """All texts of a folder, one after the other in the order of their names."""
+    folders = [source] if source else [folder / "austen" for folder in data_dirs()]
+    for folder in folders:
+        paths = [folder] if folder.is_file() else sorted(folder.glob("*.txt"))
+        if paths:
+            return b"\n".join(path.read_bytes() for path in paths)
+    raise DataError(
+        f"No novels in {' or '.join(map(str, folders))}: put Austen's there as .txt (Project "
+        f"Gutenberg 105, 121, 141, 158, 161 and 1342), or give a file or folder as --data."
+    )
+
+
+def _write_text(
+    folder: Path, amount: int, seed: int, source: Path | None
+) -> tuple[Path, dict[str, Any]]:
+    """`amount` bytes from a random place, then the end of the last novel, which is held out."""
+    text = _novels(source)
+    held = min(_TEST_BYTES, len(text) // 4)
+    place = int(np.random.default_rng(seed).integers(0, max(len(text) - held - amount, 1)))
+    part = text[place : min(place + amount, len(text) - held)] + text[-held:]
+    path = folder / "text.txt"
+    path.write_bytes(part)
+    # The half keeps rounding away from the byte at the boundary.
+    return path, {"validation_fraction": (held - 0.5) / len(part)}
+
+
+def _few(dataset: str) -> Callable[[Path, int, int, Path | None], tuple[Path, dict[str, Any]]]:
+    """Writes a folder of pictures of a known set: `amount` of each class, and the test images."""
+
+    def write(
+        folder: Path, amount: int, seed: int, source: Path | None
+    ) -> tuple[Path, dict[str, Any]]:
+        data = ImageDataModule(dataset, data_dir=None if source is None else str(source))
+        data.setup()
+        names = data.preprocessing.classes
+        generator = np.random.default_rng(seed)
+        train = ImageSplit(data.train_images, data.train_labels)
+        rows = [
+            generator.choice(members, min(amount, len(members)), replace=False)
+            for members in _members(train)
+        ]
+        _write_pictures(folder / "train", train, np.concatenate(rows), names)
+        # The first of each class, whatever the seed.
+        test = ImageSplit(data.test_images, data.test_labels)
+        share = max(_TEST_IMAGES // len(names), 1)
+        kept = np.concatenate([members[:share] for members in _members(test)])
+        _write_pictures(folder / "test", test, kept, names)
+        return folder, {}
+
+    return write
+
+
+def _members(split: ImageSplit) -> list[NDArray[np.int64]]:
+    labels = split.labels.numpy()
+    return [np.flatnonzero(labels == label) for label in np.unique(labels)]
+
+
+def _write_pictures(
+    folder: Path, split: ImageSplit, rows: NDArray[np.int64], names: Sequence[str]
+) -> None:
+    from PIL import Image
+
+    for row in rows.tolist():
+        # In the order of the classes, which names in alphabetical order would not keep.
+        label = int(split.labels[row])
+        path = folder / f"{label:03d} {names[label].replace('/', '-')}" / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = split.images[row].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(path)
+
+
+def _group(ratings: Ratings) -> set[str]:
+    """A fifth of the users, whom the base does not get to see."""
+    order = np.random.default_rng(0).permutation(len(ratings.user_ids))
+    return {ratings.user_ids[row] for row in order[: max(len(order) // 5, 1)]}
+
+
+def _ratings(source: Path | None) -> Ratings:
+    if source is not None and source.is_file():
+        return read_ratings_csv(source)
+    return RatingsDataModule(data_dir=None if source is None else str(source)).ratings
+
+
+def _write_ratings(path: Path, ratings: Ratings, users: set[str], most: int | None) -> Path:
+    """Ratings of some users in order of time; of each the first `most` and the last two."""
+    by_user: dict[int, list[int]] = {}
+    for row in torch.argsort(ratings.times, stable=True).tolist():
+        by_user.setdefault(int(ratings.users[row]), []).append(row)
+    kept: list[int] = []
+    for user, rated in by_user.items():
+        if ratings.user_ids[user] in users and len(rated) >= (3 if most is None else most + 2):
+            kept += rated if most is None else [*rated[:most], *rated[-2:]]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user", "item", "rating", "time"])
+        for row in kept:
+            user, item = int(ratings.users[row]), int(ratings.items[row])
+            writer.writerow(
+                [
+                    ratings.user_ids[user],
+                    ratings.item_ids[item],
+                    f"{float(ratings.ratings[row]):g}",
+                    int(ratings.times[row]),
+                ]
+            )
+    return path
+
+
+def _new_users(
+    folder: Path, amount: int, seed: int, source: Path | None
+) -> tuple[Path, dict[str, Any]]:
+    """The first `amount` ratings of each user of the group; the last two are held out."""
+    ratings = _ratings(source)
+    path = _write_ratings(folder / "ratings.csv", ratings, _group(ratings), amount)
+    return path, {"time_column": "time"}
+
+
+# --- examples ------------------------------------------------------------------------------------
+
+EXAMPLES: dict[str, Example] = {
+    "austen": Example(
+        base="cached-transformer-lm.tiny-shakespeare",
+        title="Tiny Shakespeare to Austen's novels",
+        unit="bytes",
+        amounts=(20_000, 100_000, 500_000),
+        steps=200,
+        lr=2e-3,
+        ways={PRETRAINED: {"lr": 5e-4}, "LoRA": {"lr": 3e-3, "adapters": "lora", "rank": 8}},
+        write=_write_text,
+    ),
+    "cifar100-to-fashion-mnist": Example(
+        base="sau-shufflenet-v2-x0-5.cifar100",
+        title="CIFAR-100 to Fashion-MNIST",
+        unit="images per class",
+        amounts=(5, 20, 100),
+        steps=300,
+        lr=3e-3,
+        ways={
+            PRETRAINED: {"lr": 1e-3, "layer_decay": 0.9},
+            "head alone": {"lr": 1e-2, "freeze": "encoder"},
+        },
+        write=_few("fashion-mnist"),
+    ),
+    "cifar100-to-coarse": Example(
+        base="sau-shufflenet-v2-x0-5.cifar100",
+        title="CIFAR-100 to its 20 coarse classes, on images that the base has seen",
+        unit="images per class",
+        amounts=(5, 20, 100),
+        steps=300,
+        lr=3e-3,
+        ways={
+            PRETRAINED: {"lr": 1e-3, "layer_decay": 0.9},
+            "head alone": {"lr": 1e-2, "freeze": "encoder"},
+        },
+        write=_few("cifar100-coarse"),
+    ),
+    "mnist-to-fashion-mnist": Example(
+        base="ode-resnet.mnist",
+        title="MNIST to Fashion-MNIST, in continuous depth",
+        unit="images per class",
+        amounts=(5, 20, 100),
+        steps=300,
+        lr=3e-3,
+        ways={PRETRAINED: {"lr": 1e-3}, "head alone": {"lr": 1e-2, "freeze": "encoder"}},
+        write=_few("fashion-mnist"),
+    ),
+    "new-users": Example(
+        base="dselect-k-recommender.movielens-100k",
+        title="a recommender to users whom its base has not seen",
+        unit="ratings per user",
+        amounts=(3, 10, 30),
+        steps=400,
+        lr=4e-3,
+        ways={
+            PRETRAINED: {"lr": 2e-3},
+            "users alone": {"lr": 1e-2, "freeze": ["items", "moe", "towers"]},
+        },
+        write=_new_users,
+    ),
+    "new-classes": Example(
+        base="online-ensemble.split-mnist",
+        title="an ensemble that knows digits meets ten kinds of clothes",
+        unit="images per class",
+        amounts=(5, 20, 100),
+        steps=0,
+        lr=0.0,
+        ways={PRETRAINED: {}},
+        write=_few("fashion-mnist"),
+    ),
+}
+"""The worked examples by name."""
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def run(
+    name: str,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    amounts: Sequence[int] | None = None,
+    seeds: Sequence[int] = (1, 2, 3),
+    steps: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    pretraining: Sequence[str] = (),
+) -> list[Point]:
+    """Train what is missing of an example, and return all of it.
+
+    Args:
+        name: of one of `EXAMPLES`.
+        base: in place of the example's: a name or a checkpoint folder.
+        amounts: of data; None: the example's.
+        seeds: of the few samples and of the trainings.
+        steps: of every training, about; None: the example's.
+        out: folder of the runs; None: `runs/transfer/<name>`.
+        data: where the data are looked for first; a file or a folder, by example.
+        pretraining: `section.key=value` for the base of "new-users", which is trained here, without
+            the users that are to be new.
+
+    Raises:
+        ConfigError: there is no amount or no seed.
+        UnknownNameError: there is no such example.
+        ZooError: a weight or data are not to be had, or a run is not possible.
+    """
+    if name not in EXAMPLES:
+        raise UnknownNameError(
+            f"No example {name!r}.{nearest(name, EXAMPLES)} There are: {', '.join(EXAMPLES)}."
+        )
+    example, source = EXAMPLES[name], None if data is None else Path(data)
+    amounts, steps = amounts or example.amounts, steps or example.steps
+    if not seeds or min(amounts) < 1:
+        raise ConfigError("transfer needs at least one seed, and amounts of at least 1.")
+    folder = Path("runs") / "transfer" / name if out is None else Path(out)
+    start: str | os.PathLike[str] = base or example.base
+    if name == "new-users" and base is None:
+        start = _base_of_others(folder / "base", source, pretraining)
+    hub.resolve(start)  # before anything is written
+    arms = [SCRATCH, *example.ways]
+    found: dict[tuple[str, int], list[Outcome]] = {}
+    jobs = [(amount, seed) for amount in amounts for seed in seeds]
+    for amount, seed in track(jobs, name):
+        where = folder / f"amount_{amount}" / f"seed_{seed}"
+        if not all((where / arm / _OUTCOME).is_file() for arm in arms):
+            where.mkdir(parents=True, exist_ok=True)
+            path, options = example.write(where, amount, seed, source)
+            if name == "new-classes":
+                _learn_classes(where, path, start)
+            else:
+                _train(where, example, start, path, options, seed, steps)
+        for arm in arms:
+            found.setdefault((arm, amount), []).append(_outcome(where / arm))
+    return _points(found, tuple(seeds))
+
+
+def _base_of_others(folder: Path, source: Path | None, overrides: Sequence[str]) -> Path:
+    """The recommender, trained by its recipe on all users but the new ones."""
+    ratings = _ratings(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    others = set(ratings.user_ids) - _group(ratings)
+    path = _write_ratings(folder / "ratings.csv", ratings, others, None)
+    seen = read_ratings_csv(path, time_column="time")
+    recipe = training.read_recipe(
+        EXAMPLES["new-users"].base,
+        [
+            f"data.path={path}",
+            "data.time_column=time",
+            f"model.network.num_users={len(seen.user_ids)}",
+            f"model.network.num_items={len(seen.item_ids)}",
+            *overrides,
+        ],
+    )
+    return training.fit(recipe, out=folder / "run", resume=True).checkpoint
+
+
+def _train(
+    where: Path,
+    example: Example,
+    base: str | os.PathLike[str],
+    path: Path,
+    options: dict[str, Any],
+    seed: int,
+    steps: int,
+) -> None:
+    for way, changes in example.ways.items():
+        if (where / way / _OUTCOME).is_file():
+            continue
+        overrides = [f"data.{key}={value}" for key, value in options.items()]
+        # Passes over few samples are many; measuring after each would cost more than they do.
+        overrides += [f"trainer.max_steps={steps}", "trainer.limit_val_batches=0"]
+        tuned = finetuning.finetune(
+            base, path, epochs=steps, seed=seed, out=where / way, overrides=overrides, **changes
+        )
+        _keep(where / way, tuned.finetuned.after[0])
+    if not (where / SCRATCH / _OUTCOME).is_file():
+        recipe = training.read_recipe(where / PRETRAINED / "checkpoint" / "recipe.yaml")
+        optimizer = recipe.options["model"]["optimizer"]
+        optimizer |= {"lr": example.lr, "layer_decay": None}
+        done = training.fit(
+            dataclasses.replace(recipe, finetune=None), out=where / SCRATCH, resume=True
+        )
+        module = checkpoints.load(done.checkpoint)
+        _keep(where / SCRATCH, evaluation.evaluate_module(module, training.data_module(recipe))[0])
+
+
+def _learn_classes(where: Path, path: Path, base: str | os.PathLike[str]) -> None:
+    """New classes go into the stream after those that are known; from scratch, into an empty
+    learner behind the same encoder with random weights."""
+    folder, card = hub.resolve(base)
+    known: Any = checkpoints.load(folder, files=None if card is None else card.files)
+    size, channels = known.preprocessing.size, known.preprocessing.channels
+    data = ImageDataModule(path=str(path), size=size, channels=channels)
+    data.setup()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        empty = dataclasses.replace(known.config, num_classes=0, grows=True)
+        fresh = type(known)(network=empty, preprocessing=known.preprocessing).eval()
+    for arm, module in ((PRETRAINED, known), (SCRATCH, fresh)):
+        first = module.network.learner.num_classes
+        order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+        for rows in order.split(60):
+            module.learn(data.train_images[rows], data.train_labels[rows] + first)
+        names = module.preprocessing.classes[first:] if first else module.preprocessing.classes
+        predicted = [p.label for p in module.predict(data.test_images, top_k=1)]
+        right = [
+            label == names[true]
+            for label, true in zip(predicted, data.test_labels.tolist(), strict=True)
+        ]
+        interval = evaluation.wilson_interval(sum(right), len(right))
+        (where / arm).mkdir(parents=True, exist_ok=True)
+        outcome = Outcome(
+            protocol="new classes among all that are known",
+            metric="accuracy",
+            unit="image",
+            value=sum(right) / len(right),
+            n=len(right),
+            interval=interval,
+            interval_method="Wilson",
+            split="test",
+        )
+        _keep(where / arm, outcome)
+
+
+def _keep(folder: Path, outcome: Outcome) -> None:
+    values = dataclasses.asdict(outcome)
+    kept = ("metric", "value", "n", "interval", "interval_method", "protocol")
+    write_json(folder / _OUTCOME, {key: values[key] for key in kept})
+
+
+def _outcome(folder: Path) -> Outcome:
+    stored = read_json(folder / _OUTCOME)
+    low, high = stored.pop("interval")
+    return Outcome(unit="sample", interval=(low, high), **stored)
+
+
+def _points(found: Mapping[tuple[str, int], list[Outcome]], seeds: tuple[int, ...]) -> list[Point]:
+    points = []
+    for (arm, amount), outcomes in found.items():
+        values = tuple(outcome.value for outcome in outcomes)
+        scratch = [outcome.value for outcome in found[SCRATCH, amount]]
+        gains = [value - other for value, other in zip(values, scratch, strict=True)]
+        points.append(
+            Point(
+                arm=arm,
+                amount=amount,
+                metric=outcomes[0].metric,
+                n=outcomes[0].n,
+                seeds=seeds,
+                values=values,
+                intervals=tuple(outcome.interval for outcome in outcomes),
+                mean=summarise(values),
+                gain=None if arm == SCRATCH else summarise(gains),
+            )
+        )
+    return points
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+HEADER = ("training", "data", "metric", "n", "value", "gain over scratch", "pretraining")
+
+
+def rows(points: Sequence[Point]) -> list[list[str]]:
+    """One row for each point, in words; intervals are of 95 %, over seeds."""
+    return [
+        [
+            point.arm,
+            f"{point.amount:,}",
+            point.metric.replace("_", " "),
+            f"{point.n:,}",
+            _with_interval(point.mean),
+            "-" if point.gain is None else _with_interval(point.gain, "+"),
+            point.verdict,
+        ]
+        for point in points
+    ]
+
+
+def _with_interval(summary: Summary, sign: str = "") -> str:
+    low, high = summary.interval
+    return f"{summary.mean:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
+
+
+def write(name: str, points: Sequence[Point], folder: str | os.PathLike[str]) -> None:
+    """Keep everything as `transfer.json`, and the table as `transfer.md`."""
+    folder, example = Path(folder), EXAMPLES[name]
+    write_json(
+        folder / "transfer.json",
+        {
+            "example": name,
+            "base": example.base,
+            "unit": example.unit,
+            "points": [dataclasses.asdict(point) | {"verdict": point.verdict} for point in points],
+        },
+    )
+    lines = [list(HEADER), ["---"] * len(HEADER), *rows(points)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = (
+        f"# {example.title[0].upper()}{example.title[1:]}\n\nData in {example.unit}.\n\n{table}\n"
+    )
+    training.write_atomically(folder / "transfer.md", text)

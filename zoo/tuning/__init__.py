@@ -1,0 +1,1 @@
+"""Fine-tuning in pieces: freezing, adapters, groups of parameters, memory."""

@@ -1,0 +1,36 @@
+"""What a fine-tuning is, as plain configuration: the section `zoo.finetune` of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+__all__ = ["FineTuning"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """Which weights a training starts from, and which of them it may change.
+
+    Raises:
+        ValueError: a value is out of range or does not fit the others.
+    """
+
+    base_model: str
+    """A weight of the zoo, a checkpoint folder, or a repository on the Hub."""
+    freeze: str | tuple[str, ...] | None = None
+    """"encoder" for all but the head, or shell wildcards on names; null: everything learns."""
+    adapters: Literal["lora", "lora-fa"] | None = None
+    """Learn low-rank adapters alone (and a head that is new), which are merged in the end."""
+    rank: int = 8
+    """Of the adapters."""
+    alpha: float | None = None
+    """Adapters are scaled by alpha / rank; null: by one."""
+    target: tuple[str, ...] | None = None
+    """Layers that get an adapter; null: all linear ones and 1x1 convolutions but a new head."""
+
+    def __post_init__(self) -> None:
+        if self.freeze is not None and self.adapters is not None:
+            raise ValueError("adapters freeze everything else, so freeze must be left out")
+        if self.target is not None and self.adapters is None:
+            raise ValueError("target is for adapters; choose lora or lora-fa")

@@ -1,0 +1,907 @@
+"""Training with only the memory that the backward pass needs.
+
+For a layer that is linear in its parameters, the gradient of the input takes the weight, and that
+of the weight takes the input. PyTorch keeps both, whichever of them is asked for, in convolutions
+and in batch normalisation; it keeps the input of pooling, of which only the shape is read, and a
+whole float per element of a ReLU, of which one bit is read. `save_memory` makes these layers keep
+what is used, which changes neither outputs nor gradients. Linear layers need no such help.
+
+Sources: Bhatia, Dangel, "Lowering PyTorch's Memory Consumption for Selective Differentiation"
+(arXiv:2404.12406); Chen et al., "Training Deep Nets with Sublinear Memory Cost"
+(arXiv:1604.06174) for checkpoints. Leaky and bounded ReLUs, average pooling, double backward and
+the transforms of `torch.func` are added here.
+
+Shape notation: B examples, C channels, S spatial dimensions (one to three of them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from zoo.families.continuous_depth.blocks import TimeVaryingConv2d
+from zoo.families.continuous_depth.image_networks import TimeChannelConv2d
+
+__all__ = [
+    "Report",
+    "checkpoint_blocks",
+    "convolution",
+    "graph_bytes",
+    "restore_memory",
+    "save_memory",
+]
+
+_aten = torch.ops.aten
+_Size = int | tuple[int, ...]
+
+
+def _watched(*tensors: Tensor | None) -> bool:
+    """Whether a gradient goes to any of them, in reverse mode.
+
+    Derivatives in forward mode keep nothing, and are left to the operators themselves.
+    """
+    return (
+        torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    )
+
+
+def _frozen(parameter: Tensor | None) -> bool:
+    return parameter is None or not parameter.requires_grad
+
+
+def _stand_in(like: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of some shape that takes the memory of one element, for what is not read."""
+    return like.new_empty(1).expand(shape)
+
+
+# --- convolution ---------------------------------------------------------------------------------
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution that keeps the input for the weight alone, and the weight for the input."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...], innermost: bool
+    ) -> Tensor:
+        return torch.convolution(x, weight, bias, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, _, ctx.options, ctx.innermost = inputs
+        ctx.shapes = x.shape, weight.shape
+        # The weight has no gradient where `convolution` looks, but may have one in a transform
+        # around a `vmap`, which hides it there.
+        for_x, for_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+        in_x = in_weight = in_bias = None
+        if for_x or for_weight:
+            if weight is not None and ctx.innermost and not _is_innermost(weight):
+                # A stand-in has no strides, and cannot tell the kernel how the input lay.
+                weight = weight.clone(memory_format=_innermost_format(weight))
+            in_x, in_weight, _ = _aten.convolution_backward(
+                grad,
+                _stand_in(grad, ctx.shapes[0]) if x is None else x,
+                _stand_in(grad, ctx.shapes[1]) if weight is None else weight,
+                None,
+                *ctx.options,
+                [for_x, for_weight, False],
+            )
+        if for_bias:
+            in_bias = grad.sum([0, *range(2, grad.ndim)])
+        return in_x, in_weight, in_bias, None, None
+
+
+def _innermost_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+
+
+def _lies_innermost(x: Tensor) -> bool:
+    """Whether channels are innermost, where it is worth knowing and can be asked."""
+    if x.ndim < 4 or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
+        return False
+    return not x.is_contiguous() and _is_innermost(x)
+
+
+def _is_innermost(x: Tensor) -> bool:
+    """Whether the strides say so, as of a slice of channels too."""
+    return x.stride(1) == 1 and x.stride(-1) >= x.shape[1]
+
+
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocasting does to the arguments of a convolution; it does not see ours."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _spread(value: _Size, dimensions: int) -> tuple[int, ...]:
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Size = 1,
+    padding: _Size | str = 0,
+    dilation: _Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`F.conv1d`, `F.conv2d` or `F.conv3d`, whichever the weight is for, without needless memory.
+
+    The input is kept for the backward pass only where the weight needs a gradient.
+
+    Args:
+        x: B x C x S, or C x S.
+        weight: out x C / groups x kernel.
+        bias: one value per output channel.
+        stride, padding, dilation, groups: as for `F.conv2d`.
+
+    Returns:
+        B x out x S', or out x S'.
+    """
+    dimensions = weight.ndim - 2
+    if not _watched(x, bias) or not _frozen(weight) or not x.is_floating_point():
+        plain = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+        y: Tensor = plain(x, weight, bias, stride, padding, dilation, groups)
+        return y
+    dilation = _spread(dilation, dimensions)
+    if isinstance(padding, str):
+        x, padding = _explicit(x, weight, padding, dilation)
+    options = (
+        _spread(stride, dimensions),
+        _spread(padding, dimensions),
+        dilation,
+        False,
+        (0,) * dimensions,
+        groups,
+    )
+    return _convolve(x, weight, bias, options)
+
+
+def _explicit(
+    x: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Padding by name as numbers; what it has more on the right is added to the input."""
+    if padding == "valid":
+        return x, (0,) * len(dilation)
+    both = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+    if any(total % 2 for total in both):
+        x = F.pad(x, [pad for total in reversed(both) for pad in (0, total % 2)])
+    return x, tuple(total // 2 for total in both)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+    x, weight, bias = _cast(x, weight, bias)
+    single = x.ndim == weight.ndim - 1
+    batch = x.unsqueeze(0) if single else x
+    y: Tensor = _Convolution.apply(batch, weight, bias, options, _lies_innermost(batch))
+    return y.squeeze(0) if single else y
+
+
+class _SavingConv(nn.modules.conv._ConvNd):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return convolution(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class SavingConv1d(_SavingConv, nn.Conv1d):
+    """`nn.Conv1d` that keeps what the backward pass needs."""
+
+
+class SavingConv2d(_SavingConv, nn.Conv2d):
+    """`nn.Conv2d` that keeps what the backward pass needs."""
+
+
+class SavingConv3d(_SavingConv, nn.Conv3d):
+    """`nn.Conv3d` that keeps what the backward pass needs."""
+
+
+class _SavingConvTranspose(nn.modules.conv._ConvTransposeNd):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not _watched(input, self.bias) or not _frozen(self.weight):
+            y: Tensor = super().forward(input, output_size)
+            return y
+        dimensions = self.weight.ndim - 2
+        # Annotated as lists, called with tuples by torch itself.
+        infer: Any = self._output_padding
+        output_padding = infer(
+            input,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            dimensions,
+            self.dilation,
+        )
+        options = (
+            self.stride,
+            self.padding,
+            self.dilation,
+            True,
+            tuple(output_padding),
+            self.groups,
+        )
+        return _convolve(input, self.weight, self.bias, options)
+
+
+class SavingConvTranspose1d(_SavingConvTranspose, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` that keeps what the backward pass needs."""
+
+
+class SavingConvTranspose2d(_SavingConvTranspose, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` that keeps what the backward pass needs."""
+
+
+class SavingConvTranspose3d(_SavingConvTranspose, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` that keeps what the backward pass needs."""
+
+
+class SavingTimeVaryingConv2d(TimeVaryingConv2d):
+    """`TimeVaryingConv2d` that keeps what the backward pass needs."""
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return convolution(x, weight, bias, padding=self.padding, groups=self.groups)
+
+
+class SavingTimeChannelConv2d(TimeChannelConv2d):
+    """`TimeChannelConv2d` that keeps what the backward pass needs."""
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolution(x, weight, bias, padding=1)
+
+
+# --- batch normalisation -------------------------------------------------------------------------
+
+
+class _SavingBatchNorm(nn.modules.batchnorm._BatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        if _reads_its_input(self) or not _watched(input, self.bias):
+            return super().forward(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        return self._folded(input)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """Scale and shift: operations of which autograd keeps C numbers."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, variance = self.running_mean.to(wide), self.running_var.to(wide)
+        scale = torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight.to(wide)
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias.to(wide)
+        shape = (-1, *[1] * (x.ndim - 2))
+        y = torch.addcmul(shift.view(shape), x.to(wide), scale.view(shape))
+        return y.to(x.dtype)
+
+
+class SavingBatchNorm1d(_SavingBatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` that keeps what the backward pass needs."""
+
+
+class SavingBatchNorm2d(_SavingBatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that keeps what the backward pass needs."""
+
+
+class SavingBatchNorm3d(_SavingBatchNorm, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` that keeps what the backward pass needs."""
+
+
+# --- activations ---------------------------------------------------------------------------------
+
+
+def _as_numbers(open: Tensor, dtype: torch.dtype) -> Tensor:
+    # By way of int8, from which vectorised code casts, as it does not from bool.
+    return open.view(torch.int8).to(dtype)
+
+
+class _Clamp(torch.autograd.Function):
+    """Clamps, and keeps a byte per element that tells where the derivative is 1."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, low: float, high: float, inplace: bool) -> tuple[Tensor, Tensor]:
+        # What is not zero is True: several times faster than a comparison.
+        if (low, high) == (0.0, math.inf):
+            y = torch.relu_(x) if inplace else torch.relu(x)
+            return y, y.to(torch.bool)
+        y = F.hardtanh(x, low, high, inplace)
+        return y, (y - low).to(torch.bool).logical_and((high - y).to(torch.bool))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        if inputs[3]:
+            ctx.mark_dirty(inputs[0])
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        above = _as_numbers(ctx.saved_tensors[0], grads[0].dtype)
+        return _aten.threshold_backward(grads[0], above, 0), None, None, None
+
+
+class _Leak(torch.autograd.Function):
+    """A leaky ReLU that keeps a byte per element."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, slope: float, inplace: bool) -> tuple[Tensor, Tensor]:
+        open = torch.relu(x).to(torch.bool)
+        return F.leaky_relu(x, slope, inplace), open
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.slope = inputs[1]
+        if inputs[2]:
+            ctx.mark_dirty(inputs[0])
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        above = _as_numbers(ctx.saved_tensors[0], grads[0].dtype)
+        return _aten.leaky_relu_backward(grads[0], above, ctx.slope, False), None, None
+
+
+class _LeakPerChannel(torch.autograd.Function):
+    """A parametric ReLU that keeps a byte per element, or the input where the slope is trained."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        return torch._prelu_kernel(x, slope), torch.relu(x).to(torch.bool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        # See `_Convolution.setup_context`.
+        ctx.save_for_backward(inputs[0] if ctx.needs_input_grad[1] else output[1], inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        grad = grads[0]
+        kept, slope = ctx.saved_tensors
+        in_slope = None
+        if ctx.needs_input_grad[1]:
+            in_slope = (grad * kept.clamp(max=0)).sum_to_size(slope.shape)
+            kept = kept > 0
+        above = _as_numbers(kept, grad.dtype)
+        # One of the two is zero everywhere, so that the sum is exact.
+        steep = _aten.threshold_backward(grad, above, 0)
+        flat = _aten.threshold_backward(grad, 1 - above, 0)
+        return steep + slope * flat, in_slope
+
+
+class _SavingActivation(nn.Module):
+    _readers: tuple[nn.Module, ...] | None
+    """Modules that may read the output; None: others than modules may keep it."""
+
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _watched(input) or not input.is_floating_point() or self._shares_its_output():
+            y: Tensor = super().forward(input)
+            return y
+        if not getattr(self, "inplace", False):
+            return self._masked(input, False)
+        if _is_plain(input):
+            return self._masked(input, True)
+        return input.copy_(self._masked(input, False))
+
+    def _shares_its_output(self) -> bool:
+        """Whether somebody keeps the output anyway, so that a mask would come on top of it."""
+        return self._readers is None or any(map(_reads_its_input, self._readers))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a function of our own may overwrite a tensor: not a view, nor within a transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or x._is_view()
+        or x.is_leaf
+    )
+
+
+class SavingReLU(_SavingActivation, nn.ReLU):
+    """`nn.ReLU` that keeps a byte per element, where nobody keeps its output."""
+
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
+        y: Tensor = _Clamp.apply(x, 0.0, math.inf, inplace)[0]
+        return y
+
+
+class SavingHardtanh(_SavingActivation, nn.Hardtanh):
+    """`nn.Hardtanh` that keeps a byte per element, where nobody keeps its output."""
+
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
+        y: Tensor = _Clamp.apply(x, float(self.min_val), float(self.max_val), inplace)[0]
+        return y
+
+
+class SavingReLU6(SavingHardtanh, nn.ReLU6):
+    """`nn.ReLU6` that keeps a byte per element, where nobody keeps its output."""
+
+
+class SavingLeakyReLU(_SavingActivation, nn.LeakyReLU):
+    """`nn.LeakyReLU` that keeps a byte per element, where nobody keeps its output."""
+
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
+        y: Tensor = _Leak.apply(x, self.negative_slope, inplace)[0]
+        return y
+
+
+class SavingPReLU(_SavingActivation, nn.PReLU):
+    """`nn.PReLU` that keeps a byte per element, where frozen and nobody keeps its output."""
+
+    def _shares_its_output(self) -> bool:
+        return not _frozen(self.weight) or super()._shares_its_output()
+
+    def _masked(self, x: Tensor, inplace: bool) -> Tensor:
+        if x.ndim < 2 or torch.is_autocast_enabled(x.device.type):
+            return F.prelu(x, self.weight)
+        y: Tensor = _LeakPerChannel.apply(x, self.weight.view(-1, *[1] * (x.ndim - 2)))[0]
+        return y
+
+
+# --- pooling -------------------------------------------------------------------------------------
+
+
+class _MaxPool(torch.autograd.Function):
+    """Maxima over windows of two or three dimensions; keeps where they were."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, options: tuple[Any, ...], innermost: bool) -> tuple[Tensor, Tensor]:
+        three = len(options[0]) == 3
+        pool = _aten.max_pool3d_with_indices if three else _aten.max_pool2d_with_indices
+        y, indices = pool(x, *options)
+        return y, indices
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, ctx.options, ctx.innermost = inputs
+        ctx.shape = x.shape
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (indices,) = ctx.saved_tensors
+        back = (
+            _aten.max_pool3d_with_indices_backward
+            if len(ctx.options[0]) == 3
+            else _aten.max_pool2d_with_indices_backward
+        )
+        in_x = back(grads[0], _stand_in(grads[0], ctx.shape), *ctx.options, indices)
+        return _laid_out(in_x, ctx.innermost), None, None
+
+
+class _AvgPool(torch.autograd.Function):
+    """Averages over windows of two or three dimensions; keeps nothing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, options: tuple[Any, ...], innermost: bool) -> Tensor:
+        y: Tensor = (_aten.avg_pool3d if len(options[0]) == 3 else _aten.avg_pool2d)(x, *options)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, ctx.options, ctx.innermost = inputs
+        ctx.shape = x.shape
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        three = len(ctx.options[0]) == 3
+        back = _aten.avg_pool3d_backward if three else _aten.avg_pool2d_backward
+        in_x = back(grads[0], _stand_in(grads[0], ctx.shape), *ctx.options)
+        return _laid_out(in_x, ctx.innermost), None, None
+
+
+def _laid_out(x: Tensor, innermost: bool) -> Tensor:
+    return x.contiguous(memory_format=_innermost_format(x)) if innermost else x
+
+
+def _windows(value: Any, dimensions: int, alone: int) -> tuple[int, ...]:
+    """One number per dimension; a line is a plane of height 1, with `alone` for that dimension."""
+    spread = _spread(value, dimensions)
+    return (alone, *spread) if dimensions == 1 else spread
+
+
+class _SavingMaxPool(nn.modules.pooling._MaxPoolNd):
+    _dimensions: int
+
+    def forward(self, input: Tensor) -> Any:
+        if not _watched(input):
+            return super().forward(input)
+        line = self._dimensions == 1
+        options = (
+            _windows(self.kernel_size, self._dimensions, 1),
+            _windows(self.stride, self._dimensions, 1),
+            _windows(self.padding, self._dimensions, 0),
+            _windows(self.dilation, self._dimensions, 1),
+            self.ceil_mode,
+        )
+        x = input.unsqueeze(-2) if line else input
+        y, indices = _MaxPool.apply(x, options, _lies_innermost(x))
+        if line:
+            y, indices = y.squeeze(-2), indices.squeeze(-2)
+        return (y, indices) if self.return_indices else y
+
+
+class SavingMaxPool1d(_SavingMaxPool, nn.MaxPool1d):
+    """`nn.MaxPool1d` that keeps indices alone."""
+
+    _dimensions = 1
+
+
+class SavingMaxPool2d(_SavingMaxPool, nn.MaxPool2d):
+    """`nn.MaxPool2d` that keeps indices alone."""
+
+    _dimensions = 2
+
+
+class SavingMaxPool3d(_SavingMaxPool, nn.MaxPool3d):
+    """`nn.MaxPool3d` that keeps indices alone."""
+
+    _dimensions = 3
+
+
+class _SavingAvgPool(nn.modules.pooling._AvgPoolNd):
+    _dimensions: int
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    ceil_mode: bool
+    count_include_pad: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _watched(input):
+            y: Tensor = super().forward(input)
+            return y
+        line = self._dimensions == 1
+        options = (
+            _windows(self.kernel_size, self._dimensions, 1),
+            _windows(self.stride, self._dimensions, 1),
+            _windows(self.padding, self._dimensions, 0),
+            self.ceil_mode,
+            self.count_include_pad,
+            getattr(self, "divisor_override", None),
+        )
+        x = input.unsqueeze(-2) if line else input
+        y = _AvgPool.apply(x, options, _lies_innermost(x))
+        return y.squeeze(-2) if line else y
+
+
+class SavingAvgPool1d(_SavingAvgPool, nn.AvgPool1d):
+    """`nn.AvgPool1d` that keeps nothing."""
+
+    _dimensions = 1
+
+
+class SavingAvgPool2d(_SavingAvgPool, nn.AvgPool2d):
+    """`nn.AvgPool2d` that keeps nothing."""
+
+    _dimensions = 2
+
+
+class SavingAvgPool3d(_SavingAvgPool, nn.AvgPool3d):
+    """`nn.AvgPool3d` that keeps nothing."""
+
+    _dimensions = 3
+
+
+# --- which modules, and who reads what they return -----------------------------------------------
+
+_SAVING: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(
+    {
+        nn.Conv1d: SavingConv1d,
+        nn.Conv2d: SavingConv2d,
+        nn.Conv3d: SavingConv3d,
+        nn.ConvTranspose1d: SavingConvTranspose1d,
+        nn.ConvTranspose2d: SavingConvTranspose2d,
+        nn.ConvTranspose3d: SavingConvTranspose3d,
+        TimeVaryingConv2d: SavingTimeVaryingConv2d,
+        TimeChannelConv2d: SavingTimeChannelConv2d,
+        nn.BatchNorm1d: SavingBatchNorm1d,
+        nn.BatchNorm2d: SavingBatchNorm2d,
+        nn.BatchNorm3d: SavingBatchNorm3d,
+        nn.ReLU: SavingReLU,
+        nn.ReLU6: SavingReLU6,
+        nn.Hardtanh: SavingHardtanh,
+        nn.LeakyReLU: SavingLeakyReLU,
+        nn.PReLU: SavingPReLU,
+        nn.MaxPool1d: SavingMaxPool1d,
+        nn.MaxPool2d: SavingMaxPool2d,
+        nn.MaxPool3d: SavingMaxPool3d,
+        nn.AvgPool1d: SavingAvgPool1d,
+        nn.AvgPool2d: SavingAvgPool2d,
+        nn.AvgPool3d: SavingAvgPool3d,
+    }
+)
+"""Exact class of a module -> what it becomes; a subclass may compute something else."""
+_PLAIN = MappingProxyType({saving: plain for plain, saving in _SAVING.items()})
+
+_LINEAR = frozenset(saving for plain, saving in _SAVING.items() if "Conv" in plain.__name__) | {
+    nn.Linear
+}
+"""Keep their input for their weight alone."""
+_PASSES_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten)
+"""May return their input, or a view of it."""
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def _reads_its_input(module: nn.Module) -> bool:
+    """Whether the backward pass through a module, as it is now, takes its input."""
+    if isinstance(module, _SavingBatchNorm):
+        return module.training or module.running_mean is None or not _frozen(module.weight)
+    if type(module) not in _LINEAR and not hasattr(module, "lora_a"):
+        return True
+    # Of an adapter, the outer matrix takes the product with the inner one.
+    return any(
+        not _frozen(parameter)
+        for name, parameter in module._parameters.items()
+        if name not in ("bias", "lora_b")
+    )
+
+
+def _weighted(module: nn.Module) -> list[nn.Module]:
+    """The modules in it that have matrices of their own."""
+    return [
+        one
+        for one in module.modules()
+        if any(p is not None and p.ndim > 1 for p in one._parameters.values())
+    ]
+
+
+def _following(model: nn.Module, path: str) -> list[nn.Module]:
+    """Modules that are defined after one, in the one that both are in."""
+    above, _, name = path.rpartition(".")
+    children = dict(model.get_submodule(above).named_children())
+    return list(children.values())[list(children).index(name) + 1 :]
+
+
+def _next_reader(modules: list[nn.Module]) -> list[nn.Module] | None:
+    """Who in a sequence may keep what comes in; None: what comes in may come out."""
+    for module in modules:
+        if type(module) is nn.Sequential:
+            found = _next_reader(list(module.children()))
+            if found is not None:
+                return found
+        elif isinstance(module, (_SavingMaxPool, _SavingAvgPool)):
+            return []
+        elif not isinstance(module, _PASSES_ON):
+            return [module] if next(module.children(), None) is None else _weighted(module)
+    return None
+
+
+def _readers(model: nn.Module, path: str) -> tuple[nn.Module, ...] | None:
+    """Who may keep what a module returns; None: it is not known.
+
+    Within a sequence it is what comes next. Elsewhere the order of calls is not written down: it
+    may be anything with a weight in the same block or the next one, or a norm that is defined next.
+    """
+    above = path.rpartition(".")[0]
+    while type(model.get_submodule(above)) is nn.Sequential:
+        found = _next_reader(_following(model, path))
+        if found is not None:
+            return tuple(found)
+        if not above:
+            return None
+        path, above = above, above.rpartition(".")[0]
+    following = _following(model, path)
+    norms = [module for module in following[:1] if isinstance(module, _NORMS)]
+    return (*norms, *_weighted(model.get_submodule(above)), *_next_block(model, above))
+
+
+def _next_block(model: nn.Module, path: str) -> list[nn.Module]:
+    """What has a weight in the first block with any that is defined after one."""
+    while path:
+        for module in _blocks(_following(model, path)):
+            if found := _weighted(module):
+                return found
+        path = path.rpartition(".")[0]
+    return []
+
+
+def _blocks(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules, with sequences and lists taken apart."""
+    for module in modules:
+        if type(module) in (nn.Sequential, nn.ModuleList):
+            yield from _blocks(module.children())
+        else:
+            yield module
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `save_memory` did.
+
+    Attributes:
+        model: the network.
+        converted: path of each module that saves memory now -> name of its class. A module that
+            occurs under several paths is listed under each.
+    """
+
+    model: nn.Module
+    converted: dict[str, str]
+
+    def undo(self) -> None:
+        """Make the modules what they were."""
+        restore_memory(self.model)
+
+    def __str__(self) -> str:
+        counts = Counter(self.converted.values())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+        return f"{len(self.converted)} modules save memory ({kinds or 'none'})"
+
+
+def save_memory(model: nn.Module) -> Report:
+    """Let the layers of a network keep no more than the backward pass needs, in place.
+
+    Outputs and gradients stay what they are. Convolutions and transposed ones, batch
+    normalisation, ReLU, ReLU6, Hardtanh, leaky and parametric ReLU, maximum and average pooling
+    are given another class; parameters, their names, buffers, hooks and modes are not touched, and
+    an optimizer goes on with what it holds. What is kept is decided in each forward pass from what
+    is trained then, so that freezing and unfreezing may come before or after. A frozen batch
+    normalisation keeps nothing in eval mode only; in training mode its gradient needs its input.
+
+    ReLUs and their like keep a byte per element, in place of their output, unless a layer that
+    reads that output has to keep it anyway; which layers those may be is read from the order of
+    modules. After modules have been replaced, call it again.
+
+    Subclasses are left alone, as are those that `torch.nn.utils.parametrize` makes, and what is
+    called as a function, `F.relu` as well as `F.conv2d`, cannot be seen: it keeps what it keeps.
+    Linear layers, embeddings and softmax keep no more than is needed as they are; layer and group
+    normalisation and smooth activations need their input.
+
+    Args:
+        model: a network, or a module with networks in it.
+
+    Returns:
+        What was converted; its `undo` makes it undone.
+    """
+    converted: dict[str, str] = {}
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        module.__class__ = _SAVING.get(type(module), type(module))
+        if type(module) in _PLAIN:
+            converted[path] = _PLAIN[type(module)].__name__
+            paths.setdefault(module, []).append(path)
+    for module, places in paths.items():
+        if isinstance(module, _SavingActivation):
+            found = [_readers(model, place) if place else None for place in places]
+            known = [readers for readers in found if readers is not None]
+            module._readers = sum(known, ()) if len(known) == len(found) else None
+    return Report(model, converted)
+
+
+def restore_memory(model: nn.Module) -> None:
+    """Undo `save_memory`, in place; also where a copy or a part of the network is given."""
+    for module in model.modules():
+        if type(module) in _PLAIN:
+            module.__class__ = _PLAIN[type(module)]
+            vars(module).pop("_readers", None)
+
+
+def graph_bytes(model: nn.Module, batch: Any) -> int:
+    """Bytes that a forward pass keeps for the backward pass, by this measure the same each time.
+
+    Parameters, buffers and the batch itself are not counted, and what several operations keep is
+    counted once. The pass is run in the network's present mode, and leaves no trace: buffers and
+    the random state are put back. What functions keep as attributes of their context instead of
+    with `save_for_backward` is invisible; none of this package does.
+
+    Args:
+        model: the network; what is frozen in it, and whether the batch has a gradient, counts.
+        batch: what the network takes: one argument, a tuple of them, or a dictionary by name.
+    """
+    positional: tuple[Any, ...] = batch if isinstance(batch, tuple) else (batch,)
+    named: dict[str, Any] = {}
+    if isinstance(batch, dict):
+        positional, named = (), batch
+    buffers = list(model.buffers())
+    own = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*model.parameters(), *buffers, *_tensors((positional, named)))
+    }
+    kept: dict[int, int] = {}
+    alive = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    before = [buffer.clone() for buffer in buffers]
+    devices = {buffer.device for buffer in buffers} | {p.device for p in model.parameters()}
+    cards = [device for device in devices if device.type == "cuda"]
+    with (
+        torch.random.fork_rng(devices=cards),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        model(*positional, **named)
+    with torch.no_grad():
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+    return sum(kept.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def checkpoint_blocks(model: nn.Module, on: bool = True) -> int:
+    """Keep the input of each block alone, and compute the rest again in the backward pass.
+
+    It takes one more forward pass per step. For transformers, whose linear layers have nothing to
+    spare; ODE blocks have `gradient_mode = "checkpoint"` for the same.
+
+    Args:
+        model: a network with an attribute `recompute_blocks`, as `CachedTransformerLM`, or a
+            module with such networks in it.
+        on: False keeps everything again.
+
+    Returns:
+        The number of networks.
+
+    Raises:
+        ValueError: there is none.
+    """
+    networks = [module for module in model.modules() if hasattr(module, "recompute_blocks")]
+    if not networks:
+        raise ValueError(
+            f"{type(model).__name__} has no blocks that can be computed again; a network says so "
+            "by an attribute recompute_blocks"
+        )
+    for network in networks:
+        cast(Any, network).recompute_blocks = on
+    return len(networks)
