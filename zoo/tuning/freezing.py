@@ -127,7 +127,7 @@ def _owners(model: nn.Module, names: set[str]) -> list[nn.Module]:
 
 
 def _head(model: nn.Module) -> set[str]:
-    matcher = getattr(model, "group_matcher", dict)()
+    matcher: dict[str, str] = getattr(model, "group_matcher", dict)()
     if "head" not in matcher:
         raise ConfigError(
             f"{type(model).__name__} does not say what its head is; freeze parts by their names: "
