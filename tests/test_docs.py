@@ -45,6 +45,10 @@ NOT_RUN_HERE = {
 """Commands that take too long: their options are checked, and shorter ones run in test_cli.py."""
 
 
+LITTLE = ["data.streams=2", "trainer.limit_train_batches=1"]
+"""Of a fine-tuning, one small step."""
+
+
 class Snippet(NamedTuple):
     """One block between fences."""
 
@@ -112,7 +116,7 @@ def test_every_snippet_is_accounted_for() -> None:
 @pytest.fixture
 def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of a user's own, with a text of their own."""
-    write_text(tmp_path, lines=400).rename(tmp_path / "my.txt")
+    write_text(tmp_path, lines=150).rename(tmp_path / "my.txt")
     bundled = cards.pretrained_folder("cached-transformer-lm.tiny-shakespeare")
     (tmp_path / "my-lm").symlink_to(bundled, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
@@ -144,9 +148,11 @@ def test_a_command_runs(document: str, command: str, at_hand: Path) -> None:
     if words[1] == "fit":
         recipe = read_recipe(words[2])
         words += SHRUNK[recipe.architecture] + LESS_DATA[recipe.data]
+    if words[1] == "finetune":
+        words += LITTLE
     if words[1] == "generate" and "tuned" in words[2]:
         tuned = ["--data", "my.txt", "--epochs", "1", "--out", "runs/tuned"]
-        assert run("finetune", "cached-transformer-lm", *tuned).status == 0
+        assert run("finetune", "cached-transformer-lm", *tuned, *LITTLE).status == 0
     elif words[1] == "generate" and "checkpoint" in words[2]:
         recipe = "cached-transformer-lm.tiny-shakespeare"  # what the snippet before has trained
         mine = ["data.path=my.txt", *SHRUNK["cached-transformer-lm"], "--out", "runs/mine"]

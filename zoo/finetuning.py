@@ -126,8 +126,6 @@ def finetune(
         ZooError: the run folder cannot be used.
         KeyboardInterrupt: the training was interrupted.
     """
-    from lightning.pytorch.utilities import rank_zero_only
-
     base, source, label, card, inherited = _base(model)
     entry = architecture_of(type(base))
     if entry.task == "online-learning":
@@ -192,7 +190,7 @@ def finetune(
     )
 
     def prepared(module: ZooModule, datamodule: Any) -> None:
-        if rank_zero_only.rank == 0:
+        if _is_first_process():
             if in_memory:
                 checkpoints.save(base, folder / "base")
             found = evaluation.evaluate_module(module, datamodule)
@@ -200,7 +198,7 @@ def finetune(
             files.write_json(folder / _BEFORE, values)
 
     done = training.fit(recipe, out=folder, resume=True, base=base, prepared=prepared)
-    if rank_zero_only.rank:
+    if not _is_first_process():
         tuned: ZooModule = done.module
         return tuned
     module = checkpoints.load(done.checkpoint)
@@ -212,6 +210,12 @@ def finetune(
     _record(finished, recipe, label, card, data_license, seed)
     module.finetuned = finished
     return module
+
+
+def _is_first_process() -> bool:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 # --- the model -----------------------------------------------------------------------------------

@@ -584,7 +584,7 @@ def _quieten() -> None:
 
 def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:
     config = yaml.safe_load(cli.parser.dump(cli.config))
-    header = {"architecture": recipe.architecture, "data": recipe.data}
+    header: dict[str, Any] = {"architecture": recipe.architecture, "data": recipe.data}
     for key in ("weight", "name", "differs"):
         if getattr(recipe, key):
             header[key] = getattr(recipe, key)

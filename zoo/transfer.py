@@ -34,7 +34,7 @@ __all__ = ["EXAMPLES", "Example", "Point", "rows", "run", "write"]
 SCRATCH, PRETRAINED = "from scratch", "fine-tuned"
 _OUTCOME = "outcome.json"
 _TEST_IMAGES = 2000
-_TEST_BYTES = 200_000
+_TEST_BYTES = 100_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -425,7 +425,7 @@ def _learn_classes(where: Path, path: Path, base: str | os.PathLike[str]) -> Non
     for arm, module in ((PRETRAINED, known), (SCRATCH, fresh)):
         first = module.network.learner.num_classes
         order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
-        for rows in order.split(60):
+        for rows in torch.split(order, 60):
             module.learn(data.train_images[rows], data.train_labels[rows] + first)
         names = module.preprocessing.classes[first:] if first else module.preprocessing.classes
         predicted = [p.label for p in module.predict(data.test_images, top_k=1)]

@@ -115,6 +115,15 @@ def test_unfreezing_in_mid_training() -> None:
     assert changed(network, before) == TENSORS
 
 
+def test_a_norm_with_one_statistic_unfrozen_keeps_the_other() -> None:
+    network = TinyNet(TinyNetConfig())
+    freeze(network, "norm")
+    unfreeze(network, "norm.running_mean")
+    before = state(network)
+    train(network)
+    assert not {n for n in changed(network, before) if n.startswith("norm")}
+
+
 def test_freezing_twice_and_a_copy() -> None:
     network = TinyNet(TinyNetConfig())
     freeze(network, "norm")

@@ -77,10 +77,11 @@ def freeze(
     for name, tensor in _tensors(model):
         if name in frozen and isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(False)
-    for module in _owners(model, frozen):
-        if not hasattr(module, _HOOK):
-            setattr(module, _HOOK, module.register_forward_pre_hook(_stay_in_eval))
-        module.eval()
+    for module, own in _with_buffers(model):
+        if own & frozen:
+            if not hasattr(module, _HOOK):
+                setattr(module, _HOOK, module.register_forward_pre_hook(_stay_in_eval))
+            module.eval()
     return tuple(names)
 
 
@@ -97,8 +98,9 @@ def unfreeze(model: nn.Module, patterns: str | Sequence[str] = "*") -> tuple[str
     for name, tensor in _tensors(model):
         if name in names and isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(True)
-    for module in _owners(model, set(names)):
-        if hasattr(module, _HOOK):
+    for module, own in _with_buffers(model):
+        # One that keeps some buffers frozen would change them too.
+        if own <= set(names) and hasattr(module, _HOOK):
             getattr(module, _HOOK).remove()
             delattr(module, _HOOK)
     return tuple(names)
@@ -114,20 +116,18 @@ def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _owners(model: nn.Module, names: set[str]) -> list[nn.Module]:
-    """Modules that have one of the buffers themselves."""
-    return [
-        module
-        for prefix, module in model.named_modules()
-        if any(
-            ".".join(filter(None, (prefix, name))) in names
-            for name, _ in module.named_buffers(recurse=False)
-        )
-    ]
+def _with_buffers(model: nn.Module) -> list[tuple[nn.Module, set[str]]]:
+    """Modules that have buffers themselves, with the full names of these."""
+    found = []
+    for prefix, module in model.named_modules():
+        own = [name for name, _ in module.named_buffers(recurse=False)]
+        if own:
+            found.append((module, {".".join(filter(None, (prefix, name))) for name in own}))
+    return found
 
 
 def _head(model: nn.Module) -> set[str]:
-    matcher = getattr(model, "group_matcher", dict)()
+    matcher: dict[str, str] = getattr(model, "group_matcher", dict)()
     if "head" not in matcher:
         raise ConfigError(
             f"{type(model).__name__} does not say what its head is; freeze parts by their names: "

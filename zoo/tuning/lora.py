@@ -62,7 +62,7 @@ class _Adapted:
         return base + self.lora_scale * delta.view_as(base)
 
 
-class _LoRALinear(_Adapted, nn.Linear):  # type: ignore[misc]
+class _LoRALinear(_Adapted, nn.Linear):  # type: ignore[override]
     """A linear layer with an adapter."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class _LoRALinear(_Adapted, nn.Linear):  # type: ignore[misc]
         return y + self.lora_scale * F.linear(F.linear(input, self.lora_a), self.lora_b)
 
 
-class _LoRAConv2d(_Adapted, nn.Conv2d):  # type: ignore[misc]
+class _LoRAConv2d(_Adapted, nn.Conv2d):  # type: ignore[override]
     """A 1x1 convolution with an adapter."""
 
     def forward(self, input: Tensor) -> Tensor:
