@@ -144,10 +144,10 @@ def test_the_front_matter_has_the_keys_of_the_hub() -> None:
 def test_a_weight_that_was_trained_on_from_another_names_it() -> None:
     from huggingface_hub import ModelCard
 
-    card = make_card(base_model=("someone/base",))
+    card = make_card(base_model="someone/base")
     assert cards.parse(cards.render(card)) == card
     data: Any = ModelCard(cards.render(card)).data
-    assert data.base_model == ["someone/base"]
+    assert data.base_model == "someone/base"
     assert "base_model" not in cards.render(make_card())
 
 

@@ -198,8 +198,6 @@ class Card:
     """Names on the Hub."""
     hub: HubLocation
     paper: Paper
-    base_model: tuple[str, ...] = ()
-    """Repositories on the Hub that the weight was trained on from; none for most."""
     reported: tuple[Reported, ...] = ()
     not_exported: dict[str, str] = dataclasses.field(default_factory=dict)
     """Formats that `zoo export` cannot write of this weight -> the reason."""
@@ -439,7 +437,6 @@ def _hub_keys(card: Card) -> dict[str, Any]:
         "license": card.weights_license,
         "library_name": "zoo",
         "pipeline_tag": pipeline_tag,
-        "base_model": list(card.base_model),
         "datasets": list(card.datasets),
         "base_model": _base_repository(card),
         "tags": ["zoo", "pytorch-lightning", card.family, card.task],

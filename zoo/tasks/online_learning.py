@@ -18,7 +18,12 @@ from zoo.configs import build, to_json
 from zoo.data.images import ImagePreprocessing
 from zoo.data.streams import StreamBatch, StreamDataModule, StreamRecord, cached_encodings
 from zoo.errors import ConfigError, DataError, ZooError
-from zoo.families.online_ensemble import OnlineNetwork, OnlineNetworkConfig
+from zoo.families.online_ensemble import (
+    GatedEnsemble,
+    OnlineNetwork,
+    OnlineNetworkConfig,
+    RidgeEnsemble,
+)
 from zoo.families.online_ensemble.learners import MomentLearner
 from zoo.files import WEIGHTS_FILE, format_json
 from zoo.progress import track
@@ -307,7 +312,7 @@ class OnlineClassifier(ZooModule):
         found = self.record.per_class[-1].tolist()
         values = {f"class_accuracy/{name}": value for name, value in zip(named, found, strict=True)}
         learner = self.network.learner
-        if step == len(datamodule.stream) and hasattr(learner, "memberships"):
+        if step == len(datamodule.stream) and isinstance(learner, (GatedEnsemble, RidgeEnsemble)):
             parts = torch.split(self._test_encodings, _BATCH)
             selected = torch.cat(
                 [learner.memberships(part.to(self.device)).cpu() for part in parts]
