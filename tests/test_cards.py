@@ -400,7 +400,11 @@ def test_the_readme_table_has_a_line_for_each_card(shelf: Path) -> None:
 
 # --- the project's own cards ---------------------------------------------------------------------
 
-EXPECTED_CARDS = ["cached-transformer-lm.tiny-shakespeare", "online-ensemble.split-mnist"]
+EXPECTED_CARDS = [
+    "cached-transformer-lm.tiny-shakespeare",
+    "ode-resnet.mnist",
+    "online-ensemble.split-mnist",
+]
 
 
 def test_the_cards_of_the_zoo_are_the_expected_ones() -> None:
