@@ -778,7 +778,7 @@ def test_a_model_without_classes_has_none_to_change(tmp_path: Path) -> None:
         LanguageModel.network_config(), dim=16, depth=1, num_heads=2, memory="none"
     )
     checkpoints.save(LanguageModel(network=config), tmp_path / "lm")
-    with pytest.raises(ConfigError, match="cached-transformer-lm has no classes"):
+    with pytest.raises(ConfigError, match="cached-transformer-lm has no head of classes"):
         checkpoints.load(tmp_path / "lm", num_classes=3)
 
 

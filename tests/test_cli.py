@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -538,7 +539,7 @@ def test_a_weight_without_its_files(mine: Shelf) -> None:
 def test_another_kind_of_model_cannot_generate(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "load", lambda *arguments, **options: object())
+    monkeypatch.setattr(checkpoints, "load", lambda *arguments, **options: SimpleNamespace())
     one_line(run("generate", NAME, "--prompt", "x"), f"{NAME} is no language model")
 
 

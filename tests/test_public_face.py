@@ -112,7 +112,11 @@ def test_load_of_an_unknown_name() -> None:
         zoo.load("cached-transformer-ml")
 
 
-BUNDLED = ["cached-transformer-lm.tiny-shakespeare"]
+BUNDLED = [
+    "cached-transformer-lm.tiny-shakespeare",
+    "ode-resnet.mnist",
+    "online-ensemble.split-mnist",
+]
 
 
 @pytest.mark.parametrize("name", BUNDLED)
