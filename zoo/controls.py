@@ -21,7 +21,7 @@ from zoo import evaluation, training
 from zoo.cards import Control, shipped_folder
 from zoo.configs import to_json
 from zoo.errors import UnknownNameError, ZooError, nearest
-from zoo.files import RESULTS_FILE, read_json, write_json
+from zoo.files import RESULTS_FILE, WEIGHTS_FILE, read_json, write_json
 from zoo.progress import track
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class _Arm:
     seeds: tuple[int, ...]
     measurements: tuple[Measurement, ...]
     cpu_minutes: float
+    parameters: int
 
     @property
     def mean_sums(self) -> Tensor:
@@ -233,7 +234,16 @@ def _load_arm(recipe: training.Recipe, seeds: Sequence[int], folder: Path, proto
         seeds=tuple(paths),
         measurements=tuple(measurements),
         cpu_minutes=minutes,
+        parameters=_parameters(path.parent / "checkpoint" / WEIGHTS_FILE),
     )
+
+
+def _parameters(weights: Path) -> int:
+    """As stored with a finished run: a network may have grown in training."""
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="pt") as file:
+        return int(file.metadata()["parameters"])
 
 
 def paired_difference(a: Tensor, b: Tensor, counts: Tensor) -> tuple[float, tuple[float, float]]:
@@ -249,7 +259,7 @@ def paired_difference(a: Tensor, b: Tensor, counts: Tensor) -> tuple[float, tupl
 
 
 def _control(
-    name: str, arm: _Arm, protocol: str, reference: _Arm, speeds: dict[Path, tuple[int, int, float]]
+    name: str, arm: _Arm, protocol: str, reference: _Arm, speeds: dict[Path, tuple[int, float]]
 ) -> Control:
     first = arm.measurements[0]
     values = [m.value for m in arm.measurements]
@@ -274,12 +284,12 @@ def _control(
     difference, interval = None, None
     if arm is not reference:
         difference, interval = paired_difference(arm.mean_sums, reference.mean_sums, first.counts)
-    parameters, macs, speed = speeds[arm.recipe.path]
+    macs, speed = speeds[arm.recipe.path]
     return Control(
         name=arm.recipe.name,
         differs=arm.recipe.differs,
         recipe=f"controls/{name}/{arm.recipe.path.name}",
-        parameters=parameters,
+        parameters=arm.parameters,
         macs=macs,
         speed=f"{speed:,.0f} {first.unit}s/s",
         result=result,
@@ -288,8 +298,8 @@ def _control(
     )
 
 
-def _speeds(recipes: Sequence[training.Recipe]) -> dict[Path, tuple[int, int, float]]:
-    """Parameters, MACs per sample and training samples per second of each recipe.
+def _speeds(recipes: Sequence[training.Recipe]) -> dict[Path, tuple[int, float]]:
+    """MACs per sample and training samples per second of each recipe.
 
     The recipes take turns, so that a machine whose speed drifts treats them alike; eager mode and
     the median of a few steps, so that the figure needs no compiler.
@@ -316,7 +326,6 @@ def _speeds(recipes: Sequence[training.Recipe]) -> dict[Path, tuple[int, int, fl
                 times[path].append(time.perf_counter() - start)
     return {
         path: (
-            sum(p.numel() for p in module.network.parameters()),
             module.macs(batch),
             module.samples(batch) / statistics.median(times[path][1:]),
         )
