@@ -189,8 +189,25 @@ def test_every_architecture_is_counted() -> None:
     assert len(exported) + len(REFUSED) == len(BUILT_IN) == 13
 
 
+OF_EACH_FAMILY = {
+    "cached-transformer-lm",
+    "dselect-k-recommender",
+    "sau-shufflenet-v2-x0-5",
+    "ode-resnet",
+    "latent-ode",
+    "online-ensemble",
+}
+"""Exported in the fast tests; the others are alike and slow."""
+
+
 @pytest.mark.parametrize("format", ALL)
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in OF_EACH_FAMILY else [pytest.mark.slow])
+        for name in BUILT_IN
+    ],
+)
 def test_an_architecture_is_exported_or_says_why_not(
     tmp_path: Path, name: str, format: ExportFormat
 ) -> None:
