@@ -38,7 +38,9 @@ _PIPELINE_TAGS = {
 """Our task -> the Hub's name for it. A task that is not here gets no tag."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+"""`owner/name` on the Hub."""
+
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -474,7 +476,7 @@ def _base_repository(card: Card) -> str | None:
     if known is not None:
         return known.hub.repo_id
     # A path of the same form would be a folder on this machine, which the Hub has nothing of.
-    return name if _REPOSITORY.fullmatch(name) and not Path(name).exists() else None
+    return name if REPO_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 # --- what is computed ----------------------------------------------------------------------------

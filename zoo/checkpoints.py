@@ -34,7 +34,7 @@ from zoo.files import (
     FileRecord,
     format_json,
     parse_json,
-    partial_folder,
+    partial_path,
     read_bytes,
     remove_leftovers,
 )
@@ -196,7 +196,7 @@ def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     if folder.exists() and not _replaceable(folder):
         raise CheckpointError(f"{folder} exists and is not a checkpoint folder; choose another.")
     folder = folder.absolute()
-    partial = partial_folder(folder)
+    partial = partial_path(folder)
     replaced = partial.with_suffix(".old")
     try:
         partial.mkdir(parents=True)

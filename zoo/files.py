@@ -130,7 +130,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: When it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.part")
+    # A name of its own: several processes may write the same at once.
+    partial = partial_path(path)
     try:
         partial.write_bytes(content)
         partial.replace(path)
@@ -139,13 +140,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
 
 
-def partial_folder(folder: Path) -> Path:
-    """A hidden name beside `folder`, of this call alone, to fill before it takes its place."""
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
+def partial_path(path: Path) -> Path:
+    """A hidden name beside a file or folder, of this call alone, that is renamed when whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed have left under names of `partial_folder`.
+    """Remove what processes that were killed have left under names of `partial_path`.
 
     Only what was not touched for an hour: until then it may be of a process that is at work.
     """

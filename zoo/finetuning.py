@@ -404,7 +404,7 @@ def _record(
         body=_body(done, recipe, base_model),
     )
     text = cards.render(cards.computed(card, done.checkpoint))
-    training.write_atomically(done.checkpoint / files.CARD_FILE, text)
+    files.write_bytes(done.checkpoint / files.CARD_FILE, text.encode())
 
 
 def _data_name(recipe: training.Recipe) -> str:

@@ -18,16 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from zoo.cards import Card, find, parse, pretrained_folder
+from zoo.cards import REPO_ID, Card, find, parse, pretrained_folder
 from zoo.errors import CheckpointError, ConfigError, UnknownNameError, ZooError
 from zoo.files import CARD_FILE, CHECKPOINT_FILES, NO_ROOM, FileRecord, read_bytes
 
-__all__ = ["REPO_ID", "Located", "answer", "refusal", "resolve"]
+__all__ = ["Located", "answer", "refusal", "resolve"]
 
 log = logging.getLogger(__name__)
-
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-"""`owner/name`."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SCHEME = "hf://"

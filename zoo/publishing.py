@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from zoo import cards, files, hub
-from zoo.cards import Card, HubLocation, Measurements, parse
+from zoo.cards import REPO_ID, Card, HubLocation, Measurements, parse
 from zoo.errors import CheckpointError, ConfigError, UnknownNameError, ZooError
 from zoo.progress import track
 
@@ -196,7 +196,7 @@ def _prepared(
     """
     typed, folder, pictures = _found(source)
     wanted = repo_id or typed.hub.repo_id
-    if not hub.REPO_ID.fullmatch(wanted):
+    if not REPO_ID.fullmatch(wanted):
         raise ConfigError(f"{wanted!r} is no repository; give it as owner/name.")
     for name, remedy in _REMEDIES.items():
         if not (folder / name).is_file():

@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import typing
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ import yaml
 from zoo.cards import shipped_folder
 from zoo.configs import build, to_json
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
-from zoo.files import NO_ROOM
+from zoo.files import NO_ROOM, write_bytes
 from zoo.registry import architecture
 from zoo.tuning.config import FineTuning
 
@@ -48,7 +47,6 @@ __all__ = [
     "options_of",
     "read_facts",
     "read_recipe",
-    "write_atomically",
 ]
 
 DATA_MODULES: dict[str, str] = {
@@ -445,7 +443,7 @@ def fit(
             adaptation.prepare(cli.model, cli.datamodule, recipe.finetune, seed=seed, base=base)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "recipe.yaml", _to_yaml(resolved))
+            write_bytes(folder / "recipe.yaml", _to_yaml(resolved).encode())
         except OSError as error:
             raise ZooError(f"Cannot write the run folder {folder}: {error.strerror}.") from None
         if prepared is not None and not last.exists():
@@ -616,11 +614,3 @@ def _agree(before: Any, now: Any) -> bool:
 
 def _to_yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file, all of it or nothing."""
-    # A name of its own: several processes may write the same at once.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

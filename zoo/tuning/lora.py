@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError, nearest
+from zoo.files import write_bytes
 from zoo.tuning.freezing import freeze
 from zoo.tuning.memory import convolution
 
@@ -276,14 +277,7 @@ def save_lora(
     wanted = [f"{name}.{part}" for name in layers for part in ("lora_a", "lora_b")]
     tensors = {name: state[name].cpu().contiguous() for name in (*wanted, *beside)}
     scales = {name: layer.lora_scale for name, layer in layers.items()}
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_bytes(save(tensors, {"lora": json.dumps(scales)}))
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
+    write_bytes(Path(path), save(tensors, {"lora": json.dumps(scales)}))
 
 
 def load_lora(network: nn.Module, path: str | os.PathLike[str]) -> tuple[str, ...]:

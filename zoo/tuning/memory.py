@@ -552,9 +552,7 @@ class _SavingMaxPool(nn.modules.pooling._MaxPoolNd):
             return super().forward(input)
         line = self._dimensions == 1
         options = (
-            _windows(self.kernel_size, self._dimensions, 1),
-            _windows(self.stride, self._dimensions, 1),
-            _windows(self.padding, self._dimensions, 0),
+            *_pooled_windows(self),
             _windows(self.dilation, self._dimensions, 1),
             self.ceil_mode,
         )
@@ -583,6 +581,18 @@ class SavingMaxPool3d(_SavingMaxPool, nn.MaxPool3d):
     _dimensions = 3
 
 
+def _pooled_windows(
+    pool: _SavingMaxPool | _SavingAvgPool,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Size, stride and padding of a pooling's windows, as the operators of torch take them."""
+    dimensions = pool._dimensions
+    return (
+        _windows(pool.kernel_size, dimensions, 1),
+        _windows(pool.stride, dimensions, 1),
+        _windows(pool.padding, dimensions, 0),
+    )
+
+
 class _SavingAvgPool(nn.modules.pooling._AvgPoolNd):
     _dimensions: int
     kernel_size: Any
@@ -597,9 +607,7 @@ class _SavingAvgPool(nn.modules.pooling._AvgPoolNd):
             return y
         line = self._dimensions == 1
         options = (
-            _windows(self.kernel_size, self._dimensions, 1),
-            _windows(self.stride, self._dimensions, 1),
-            _windows(self.padding, self._dimensions, 0),
+            *_pooled_windows(self),
             self.ceil_mode,
             self.count_include_pad,
             getattr(self, "divisor_override", None),
