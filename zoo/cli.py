@@ -217,7 +217,7 @@ def _parser() -> _Parser:
 
     sub = command("controls", _controls, "train the controls of a weight and record them")
     sub.add_argument("name")
-    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="what to train with")
     sub.add_argument("--out", help="folder of the runs (runs/controls/NAME)")
     sub.add_argument("--only", nargs="+", metavar="RECIPE", help="train these alone, as relu")
     sub.add_argument("--record", metavar="FOLDER", help="write them into this checkpoint folder")

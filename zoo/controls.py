@@ -77,11 +77,12 @@ def run(
 ) -> list[Control]:
     """Train what is missing, and return one `Control` per recipe and protocol.
 
-    Controls may have unlike numbers of seeds: each is recorded with those it was trained with.
+    Controls may have unlike numbers of seeds: each is recorded with all that it was trained with,
+    now or before.
 
     Args:
         name: full name of a weight.
-        seeds: training seeds.
+        seeds: the seeds to train with, where that has not been done.
         out: folder of the runs; None: `runs/controls/<name>`.
         overrides: `section.key=value`, applied to every control alike.
         only: names of the recipes to train now, without folder and suffix; None: all.
@@ -102,17 +103,16 @@ def run(
     jobs = [(r, seed) for seed in seeds for r in recipes if only is None or r.path.stem in only]
     for recipe, seed in track(jobs, "controls"):
         _train(recipe, seed, folder / recipe.path.stem / f"seed_{seed}", overrides)
-    return collect(name, seeds=seeds, out=folder, overrides=overrides)
+    return collect(name, out=folder, overrides=overrides)
 
 
 def collect(
     name: str,
     *,
-    seeds: Sequence[int],
     out: str | os.PathLike[str],
     overrides: Sequence[str] = (),
 ) -> list[Control]:
-    """The `Control` records of finished runs; see `run`.
+    """The `Control` records of all finished runs; see `run`.
 
     Raises:
         ZooError: a control has no finished run.
@@ -124,7 +124,7 @@ def collect(
     for protocol in _protocols(recipes[0]):
         reference: _Arm | None = None
         for recipe in recipes:
-            arm = _load_arm(recipe, seeds, folder / recipe.path.stem, protocol)
+            arm = _load_arm(recipe, folder / recipe.path.stem, protocol)
             reference = arm if reference is None else reference
             controls.append(_control(name, arm, protocol, reference, speeds))
     return controls
@@ -140,7 +140,7 @@ def finished_runs(name: str, out: str | os.PathLike[str] | None = None) -> dict[
     recipes = [training.read_recipe(path) for path in find_recipes(name)]
     found = {
         recipe.name: [
-            path.parent for path in sorted((folder / recipe.path.stem).glob(f"*/{_OUTCOME}"))
+            path.parent for path in sorted((folder / recipe.path.stem).glob(f"seed_*/{_OUTCOME}"))
         ]
         for recipe in recipes
     }
@@ -205,14 +205,14 @@ def _protocols(recipe: training.Recipe) -> list[str]:
     return list(module_class.protocols_on(training.data_module(recipe)))
 
 
-def _load_arm(recipe: training.Recipe, seeds: Sequence[int], folder: Path, protocol: str) -> _Arm:
+def _load_arm(recipe: training.Recipe, folder: Path, protocol: str) -> _Arm:
     import torch
 
     from zoo.tasks.base import Measurement
 
     measurements, minutes = [], 0.0
-    paths = {seed: folder / f"seed_{seed}" / _OUTCOME for seed in seeds}
-    paths = {seed: path for seed, path in paths.items() if path.is_file()}
+    found = {int(path.parent.name.removeprefix("seed_")): path for path in folder.glob(f"seed_*/{_OUTCOME}")}
+    paths = {seed: found[seed] for seed in sorted(found)}
     if not paths:
         raise ZooError(f"There is no finished run of {recipe.path.stem} in {folder}.")
     for path in paths.values():
