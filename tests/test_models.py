@@ -20,6 +20,7 @@ from zoo.configs import build, to_json
 from zoo.errors import ConfigError
 from zoo.files import FileRecord
 from zoo.registry import ARCHITECTURES, architecture, architecture_of
+from zoo.tasks.base import count_macs
 
 WEIGHTS = list(cards.load_cards())
 REGISTERED = [name for name, entry in ARCHITECTURES.items() if entry.module.startswith("zoo.")]
@@ -110,6 +111,22 @@ def test_an_architecture_computes_what_it_documents(name: str) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_an_architecture_has_a_gradient_on_every_parameter(name: str) -> None:
     assert_gradients(shrunk(name))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_products_of_an_architecture_are_counted(name: str) -> None:
+    """At least those of its linear and convolution layers, which hooks count one by one."""
+    module = shrunk(name)
+    seen = []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        seen.append(output.numel() * layer.weight[0].numel())
+
+    for layer in module.network.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.register_forward_hook(count)
+    assert count_macs(module.network, *example(module).inputs) >= sum(seen)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -296,13 +297,16 @@ def count_macs(network: nn.Module, *inputs: Any) -> int:
     """
     was_training = network.training
     network.eval()
+    # The counter follows what requires a gradient, and fails where a module returns a view of a
+    # parameter without one being recorded.
+    detached = {name: tensor.detach() for name, tensor in network.named_parameters()}
     # Fused attention on the CPU is not counted at all; its plain form is.
     with (
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
-        network(*inputs)
+        functional_call(network, detached, inputs)
     network.train(was_training)
     total: int = counter.get_total_flops()
     return total // 2
