@@ -211,7 +211,10 @@ def _load_arm(recipe: training.Recipe, folder: Path, protocol: str) -> _Arm:
     from zoo.tasks.base import Measurement
 
     measurements, minutes = [], 0.0
-    found = {int(path.parent.name.removeprefix("seed_")): path for path in folder.glob(f"seed_*/{_OUTCOME}")}
+    found = {
+        int(path.parent.name.removeprefix("seed_")): path
+        for path in folder.glob(f"seed_*/{_OUTCOME}")
+    }
     paths = {seed: found[seed] for seed in sorted(found)}
     if not paths:
         raise ZooError(f"There is no finished run of {recipe.path.stem} in {folder}.")
