@@ -204,9 +204,14 @@ def test_record(trained: Trained, tmp_path: Path) -> None:
     after = cards.read_measurements(folder / RESULTS_FILE)
     assert after.results == before.results
     assert after.controls == tuple(trained.arms)
-    spreads = [a.result.seed_spread for a in trained.arms if a.name == "with a cache"]
-    assert len(spreads) == 2
-    assert after.training["reproduction_tolerance"] == 3 * max(s for s in spreads if s is not None)
+    models = [arm for arm in trained.arms if arm.name == "with a cache"]
+    spreads = {arm.result.protocol: arm.result.seed_spread for arm in models}
+    assert list(spreads) == ["stream", "blocks"]
+    assert after.training["reproduction_tolerance"] == {
+        protocol: pytest.approx(3 * spread, rel=1e-12)
+        for protocol, spread in spreads.items()
+        if spread is not None
+    }
     assert checkpoints.load(folder).load_report.initialised == ()
 
 

@@ -28,7 +28,6 @@ TO_TRAIN = {
     "continuous-flow.toy",
     "dselect-k-moe.multi-fashion-mnist",
     "dselect-k-moe.multi-mnist",
-    "dselect-k-recommender.movielens-100k",
     "latent-ode.spirals",
     "latent-ode.spirals-30",
     "latent-ode.spirals-50",
@@ -155,7 +154,7 @@ def test_controls_differ_from_the_model_in_the_network_alone(name: str) -> None:
     assert "base:" not in paths[0].read_text(encoding="utf-8")
     for path, recipe in zip(paths, (model, *others), strict=True):
         text = path.read_text(encoding="utf-8")
-        assert text.splitlines()[0] == f"# zoo controls {name}"
+        assert text.splitlines()[0].split(" --seeds")[0] == f"# zoo controls {name}"
         assert recipe.name
         assert recipe.differs
         assert not recipe.weight, "a control is not published under the name of the weight"

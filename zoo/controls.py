@@ -151,7 +151,7 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     """Write controls into the `results.json` of a checkpoint folder.
 
     The spread over seeds of the model at the controls' budget becomes the tolerance of
-    `zoo reproduce`: three standard deviations, the largest over the protocols.
+    `zoo reproduce`: three standard deviations, for each protocol its own.
 
     Raises:
         ZooError: the folder has no results yet; write those first.
@@ -159,11 +159,14 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     before = evaluation.read_results(Path(folder))
     if before is None:
         raise ZooError(f"{folder} has no results: zoo evaluate {folder} --record")
-    spreads = [c.result.seed_spread for c in controls if c.difference is None]
-    spread = max((s for s in spreads if s is not None), default=None)
+    tolerances = {
+        control.result.protocol: _TOLERATED_SPREADS * control.result.seed_spread
+        for control in controls
+        if control.difference is None and control.result.seed_spread is not None
+    }
     facts = dict(before.training)
-    if spread is not None:
-        facts["reproduction_tolerance"] = _TOLERATED_SPREADS * spread
+    if tolerances:
+        facts["reproduction_tolerance"] = tolerances
     measurements = dataclasses.replace(before, controls=tuple(controls), training=facts)
     write_json(Path(folder) / RESULTS_FILE, to_json(measurements))
 

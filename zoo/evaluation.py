@@ -265,8 +265,8 @@ def reproduce(
 ) -> Evaluation:
     """Train a weight again from its recipe and say whether its recorded numbers come out.
 
-    The tolerance is `training.reproduction_tolerance` of the results file, which comes from the
-    spread over seeds.
+    Each protocol's tolerance is that of `training.reproduction_tolerance` in the results file, which
+    comes from its spread over seeds.
 
     Args:
         name: a weight of the zoo.
@@ -279,8 +279,8 @@ def reproduce(
         ZooError: the weight has no recorded tolerance, or training is not possible.
     """
     card = cards.find(name)
-    tolerance = card.training.get("reproduction_tolerance")
-    if tolerance is None:
+    tolerances = card.training.get("reproduction_tolerance")
+    if not tolerances:
         raise ZooError(f"{card.name} has no recorded spread over seeds to be reproduced within.")
     recipe = training.read_recipe(card.recipe, overrides)
     if data_dir is not None:
@@ -288,7 +288,7 @@ def reproduce(
     run = training.fit(recipe, out=Path("runs") / card.name if out is None else out, resume=resume)
     module = checkpoints.load(run.checkpoint)  # what was written, not what is in memory
     outcomes = evaluate_module(module, run.datamodule)
-    compared = tuple(_compare(outcome, card.results, float(tolerance)) for outcome in outcomes)
+    compared = tuple(_compare(o, card.results, tolerances.get(o.protocol)) for o in outcomes)
     return Evaluation(name=card.name, outcomes=compared)
 
 
