@@ -265,7 +265,7 @@ def reproduce(
 ) -> Evaluation:
     """Train a weight again from its recipe and say whether its recorded numbers come out.
 
-    Each protocol's tolerance is that of `training.reproduction_tolerance` in the results file, which
+    Each protocol's tolerance is that of `training.reproduction_tolerance` in the results file; it
     comes from its spread over seeds.
 
     Args:
