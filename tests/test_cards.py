@@ -139,6 +139,8 @@ def test_the_front_matter_has_the_keys_of_the_hub() -> None:
     (entry,) = front_matter["model-index"]
     assert entry["name"] == "alpha.one"
     assert [result["metrics"][0]["value"] for result in entry["results"]] == [81.5, 81.5]
+    tokens = yaml.scan(cards.render(make_card()).split("---\n")[1])
+    assert not any(isinstance(token, (yaml.AliasToken, yaml.AnchorToken)) for token in tokens)
 
 
 def test_a_weight_that_was_trained_on_from_another_names_it() -> None:

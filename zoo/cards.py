@@ -27,7 +27,16 @@ from zoo.files import FileRecord
 
 # The loader and dumper in C are ten times faster, and not in every build of PyYAML.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(_SafeDumper):  # type: ignore[misc]
+    """Writes out again what stands in several places, in place of `*id001`."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
 
 _PIPELINE_TAGS = {
     "image-classification": "image-classification",
