@@ -246,9 +246,10 @@ def write_reports(path: Path, reports: Iterable[Report]) -> list[Report]:
 
 
 def render(reports: Sequence[Report]) -> str:
-    """The reports as Markdown: a table, and what it was measured with."""
+    """The reports as Markdown: a table of what has a target, and what it was measured with."""
     header = ["What", "Cost", "Against", "Its cost", "Ratio (95 % interval)", "Target", "Met"]
-    rows = [_row(comparison) for report in reports for comparison in report.comparisons]
+    compared = [comparison for report in reports for comparison in report.comparisons]
+    rows = [_row(comparison) for comparison in compared if comparison.met is not None]
     table = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     # Topics that were measured alike share a line.
     measured: dict[str, list[str]] = {}
