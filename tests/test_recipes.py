@@ -33,7 +33,6 @@ TO_TRAIN = {
     "latent-ode.spirals-50",
     "ode-resnet.fashion-mnist",
     "online-ensemble.split-cifar100",
-    "online-ensemble.split-fashion-mnist",
     "sau-shufflenet-v2-x0-5.cifar100",
     "sau-shufflenet-v2-x0-5.fashion-mnist",
     "sau-shufflenet-v2-x1.cifar100",
