@@ -101,7 +101,7 @@ def _may_hook(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and _hooks._saved_tensors_hooks_is_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._is_any_autocast_enabled()
     )
 
 
@@ -346,7 +346,8 @@ class _SavingConvTranspose(nn.modules.conv._ConvTransposeNd):
             y: Tensor = super().forward(input, output_size)
             return y
         if _may_hook(input):
-            return _without(input, self.weight, super().forward, input, output_size)
+            plain: Callable[..., Tensor] = super().forward
+            return _without(input, self.weight, plain, input, output_size)
         dimensions = self.weight.ndim - 2
         # Annotated as lists, called with tuples by torch itself.
         infer: Any = self._output_padding
@@ -428,7 +429,12 @@ class _SavingBatchNorm(nn.modules.batchnorm._BatchNorm):
             scale = scale * weight
         shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
         shape = (-1, *[1] * (x.ndim - 2))
-        y = torch.addcmul(shift.view(shape), x, scale.view(shape))
+        shift, scale = shift.view(shape), scale.view(shape)
+        if x.is_contiguous() and not torch._C._are_functorch_transforms_active():
+            # Of two numbers per plane, kernels vectorise with one at a time.
+            y = (x * scale).add_(shift)
+        else:
+            y = torch.addcmul(shift, x, scale)
         return y if narrow == wide else y.to(narrow)
 
 
