@@ -205,6 +205,12 @@ def _parser() -> _Parser:
     sub.add_argument(
         "--target", action="append", metavar="LAYER", help="that gets one; may be repeated"
     )
+    sub.add_argument(
+        "--no-save-memory",
+        dest="save_memory",
+        action="store_false",
+        help="let PyTorch keep what it keeps, also what no backward pass needs",
+    )
     sub.add_argument("--num-classes", type=int, help="that the data must have")
     sub.add_argument("--seed", type=_seed, default=0, help="makes the result repeatable (0)")
     sub.add_argument("--out", help="run folder; one that was interrupted goes on")
@@ -685,6 +691,7 @@ def _finetune(options: argparse.Namespace) -> int:
             rank=options.rank,
             alpha=options.alpha,
             target=options.target,
+            save_memory=options.save_memory,
             num_classes=options.num_classes,
             seed=options.seed,
             out=options.out,
