@@ -238,6 +238,7 @@ def _parser() -> _Parser:
 
     sub = command("memory", _memory, "what is kept for the backward pass, by what is trained")
     sub.add_argument("names", nargs="*", metavar="NAME", help="networks of the table (all)")
+    sub.add_argument("--readme", metavar="FILE", help="write the table into this README")
 
     sub = command("transfer", _transfer, "fine-tuning against training from scratch on few data")
     sub.add_argument("name", help="of a worked example, as austen")
@@ -780,6 +781,8 @@ def _memory(options: argparse.Namespace) -> int:
 
     total = len(options.names or memory_table.NETWORKS) * len(memory_table.POLICIES)
     measured = list(track(memory_table.measure(options.names), "Measuring", total))
+    if options.readme:
+        memory_table.update_readme(Path(options.readme), measured)
     if options.json:
         from zoo.configs import to_json
 
