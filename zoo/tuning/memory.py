@@ -6,6 +6,9 @@ and in batch normalisation; it keeps the input of pooling, of which only the sha
 whole float per element of a ReLU, of which one bit is read. `save_memory` makes these layers keep
 what is used, which changes neither outputs nor gradients. Linear layers need no such help.
 
+It is done by hooks on what the operators of torch keep, which run these as they are. Transforms of
+functions, compilers and autocasting do not go with hooks: there, functions of our own do it.
+
 Sources: Bhatia, Dangel, "Lowering PyTorch's Memory Consumption for Selective Differentiation"
 (arXiv:2404.12406); Chen et al., "Training Deep Nets with Sublinear Memory Cost"
 (arXiv:1604.06174) for checkpoints. Leaky and bounded ReLUs, average pooling, double backward and
