@@ -205,6 +205,12 @@ def _parser() -> _Parser:
     sub.add_argument(
         "--target", action="append", metavar="LAYER", help="that gets one; may be repeated"
     )
+    sub.add_argument(
+        "--no-save-memory",
+        dest="save_memory",
+        action="store_false",
+        help="let PyTorch keep what it keeps, also what no backward pass needs",
+    )
     sub.add_argument("--num-classes", type=int, help="that the data must have")
     sub.add_argument("--seed", type=_seed, default=0, help="makes the result repeatable (0)")
     sub.add_argument("--out", help="run folder; one that was interrupted goes on")
@@ -232,6 +238,7 @@ def _parser() -> _Parser:
 
     sub = command("memory", _memory, "what is kept for the backward pass, by what is trained")
     sub.add_argument("names", nargs="*", metavar="NAME", help="networks of the table (all)")
+    sub.add_argument("--readme", metavar="FILE", help="write the table into this README")
 
     sub = command("transfer", _transfer, "fine-tuning against training from scratch on few data")
     sub.add_argument("name", help="of a worked example, as austen")
@@ -685,6 +692,7 @@ def _finetune(options: argparse.Namespace) -> int:
             rank=options.rank,
             alpha=options.alpha,
             target=options.target,
+            save_memory=options.save_memory,
             num_classes=options.num_classes,
             seed=options.seed,
             out=options.out,
@@ -773,6 +781,8 @@ def _memory(options: argparse.Namespace) -> int:
 
     total = len(options.names or memory_table.NETWORKS) * len(memory_table.POLICIES)
     measured = list(track(memory_table.measure(options.names), "Measuring", total))
+    if options.readme:
+        memory_table.update_readme(Path(options.readme), measured)
     if options.json:
         from zoo.configs import to_json
 

@@ -77,6 +77,7 @@ def finetune(
     rank: int = 8,
     alpha: float | None = None,
     target: str | Sequence[str] | None = None,
+    save_memory: bool = True,
     num_classes: int | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
@@ -107,6 +108,9 @@ def finetune(
         adapters: learn low-rank adapters alone, and a head that is new. They are merged in the end,
             and also saved alone, as `<out>/adapter.safetensors`.
         rank, alpha, target: of the adapters; see `zoo.tuning.lora.add_lora`.
+        save_memory: keep no more for the backward pass than it needs, while it trains; see
+            `zoo.tuning.memory.save_memory`. The results stay the same to rounding. Not with
+            strategy fsdp, where it changes nothing.
         num_classes: how many classes the data must have; None: as many as they have.
         seed: of a new head, of adapters, and of the order of the data.
         out: run folder; None: `runs/<name>`.
@@ -155,6 +159,7 @@ def finetune(
                 "rank": rank,
                 "alpha": alpha,
                 "target": [target] if isinstance(target, str) else target and list(target),
+                "save_memory": save_memory,
             },
         },
         "seed_everything": seed,

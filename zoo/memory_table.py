@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from zoo import _card_tables, files
 from zoo.errors import UnknownNameError, nearest
 from zoo.families.cached_transformers import CachedTransformerLM, CachedTransformerLMConfig
 from zoo.families.continuous_depth.image_networks import ODEResNet, ODEResNetConfig
@@ -28,7 +30,17 @@ from zoo.tuning.freezing import freeze, unfreeze
 from zoo.tuning.lora import adaptable_layers, add_lora
 from zoo.tuning.memory import checkpoint_blocks, graph_bytes, save_memory
 
-__all__ = ["NETWORKS", "POLICIES", "Policy", "Row", "apply_policy", "measure", "rows"]
+__all__ = [
+    "NETWORKS",
+    "POLICIES",
+    "Policy",
+    "Row",
+    "apply_policy",
+    "markdown",
+    "measure",
+    "rows",
+    "update_readme",
+]
 
 Policy = Literal[
     "all", "input", "first layers", "last layers", "norms", "biases", "LoRA", "LoRA-FA"
@@ -310,3 +322,34 @@ def rows(measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, cells
+
+
+def markdown(measured: Sequence[Row]) -> str:
+    """A table with a line for each policy and a column for each network."""
+    found = {(row.network, row.policy): row for row in measured}
+    networks = list(dict.fromkeys(row.network for row in measured))
+    policies = list(dict.fromkeys(row.policy for row in measured))
+    lines = [
+        ["trained", *(f"`{network}`" for network in networks)],
+        ["---"] * (1 + len(networks)),
+        *([policy, *(_cell(found[name, policy]) for name in networks)] for policy in policies),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(row: Row) -> str:
+    if row.left_out is not None:
+        return "-"
+    again = "" if row.recomputed is None else f", recomputed {row.recomputed / 2**20:.2f}"
+    return f"{row.plain / 2**20:.2f} to {row.saved / 2**20:.2f} ({row.ratio:.2f}){again}"
+
+
+def update_readme(path: Path, measured: Sequence[Row]) -> None:
+    """Write the table into a README, between its markers `zoo:memory`.
+
+    Raises:
+        ConfigError: it lacks the markers.
+    """
+    text = path.read_text(encoding="utf-8")
+    text = _card_tables.fill(text, "memory", markdown(measured), where=str(path))
+    files.write_bytes(path, text.encode())

@@ -408,6 +408,7 @@ def fit(
     from lightning.pytorch.strategies import FSDPStrategy
 
     from zoo import checkpoints
+    from zoo.tuning.memory import restore_memory, save_memory
 
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
@@ -452,13 +453,18 @@ def fit(
         part = len(list((folder / "logs").glob("part_*")))
         if cli.trainer.logger is not None:
             cli.trainer.logger = CSVLogger(folder, name="logs", version=f"part_{part}")
-        with _explained(folder):
-            cli.trainer.fit(
-                cli.model,
-                datamodule=cli.datamodule,
-                ckpt_path=str(last) if last.exists() else None,
-                weights_only=True,
-            )
+        if recipe.finetune is not None and recipe.finetune.save_memory and not sharded:
+            save_memory(cli.model.network)
+        try:
+            with _explained(folder):
+                cli.trainer.fit(
+                    cli.model,
+                    datamodule=cli.datamodule,
+                    ckpt_path=str(last) if last.exists() else None,
+                    weights_only=True,
+                )
+        finally:
+            restore_memory(cli.model.network)
 
     cli.model.eval()
     checkpoint = folder / "checkpoint"

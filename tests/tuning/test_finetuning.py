@@ -25,6 +25,7 @@ from zoo import cards, checkpoints, evaluation, figures, finetuning, publishing,
 from zoo.adaptation import ADAPTER_FILE
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.files import CARD_FILE, CHECKPOINT_FILES, RESULTS_FILE, WEIGHTS_FILE
+from zoo.tuning import memory
 from zoo.tuning.lora import load_lora
 
 QUICK: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "progress_bar": False}
@@ -191,6 +192,54 @@ def test_a_frozen_encoder_is_the_base_bit_for_bit(base: Path, four: Path, tmp_pa
         assert not torch.equal(fresh[name], after[name]), name
 
 
+@pytest.mark.parametrize("frozen", [["conv.weight"], ["conv.weight", "norm"]])
+def test_saving_memory_changes_memory_alone(
+    frozen: list[str], base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights, bit for bit where no BatchNorm is folded; a folder like any other."""
+    reports: list[memory.Report] = []
+
+    def saving(network: torch.nn.Module) -> memory.Report:
+        reports.append(save_memory(network))
+        return reports[-1]
+
+    save_memory = memory.save_memory
+    monkeypatch.setattr(memory, "save_memory", saving)
+    found = []
+    for saves in (True, False):
+        out = tmp_path / str(saves)
+        module = zoo.finetune(base, four, out=out, freeze=frozen, save_memory=saves, **IMAGES)
+        assert {path.name for path in module.finetuned.checkpoint.iterdir()} == set(
+            CHECKPOINT_FILES
+        )
+        assert "save_memory: " + str(saves).lower() in (out / "recipe.yaml").read_text()
+        found.append((module.finetuned, tensors(module.finetuned.checkpoint)))
+    (report,) = reports
+    assert report.converted == {"conv": "Conv2d", "norm": "BatchNorm2d"}
+    assert type(report.model.conv) is torch.nn.Conv2d, "what was trained is plain again"
+    (ours, saved), (theirs, plain) = found
+    assert ours.after == theirs.after
+    rounding = 0.0 if len(frozen) == 1 else 1e-4
+    torch.testing.assert_close(saved, plain, rtol=rounding, atol=rounding)
+    assert not torch.equal(saved["conv.bias"], tensors(base)["conv.bias"])
+
+
+def test_memory_is_plain_again_after_an_error(
+    base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.nn.Module] = []
+
+    def stop(self: Any, batch: Any, index: int) -> None:
+        seen.append(self.network)
+        assert type(self.network.conv) is memory.SavingConv2d
+        raise ZooError("Enough.")
+
+    monkeypatch.setattr("tests.tiny_images.TinyClassifier.training_step", stop)
+    with pytest.raises(ZooError, match="Enough"):
+        zoo.finetune(base, four, out=tmp_path / "run", **IMAGES)
+    assert type(seen[0].conv) is torch.nn.Conv2d
+
+
 @pytest.mark.parametrize("variant", ["lora", "lora-fa"])
 def test_adapters_are_merged_and_saved_alone(variant: Any, tmp_path: Path) -> None:
     lm = published.write_weight(tmp_path / "lm")
@@ -230,6 +279,7 @@ def test_the_command_on_a_text(tmp_path: Path) -> None:
     text = write_text(tmp_path, 60)
     words = ["finetune", lm, "--data", text, "--epochs", 1, "--out", tmp_path / "run"]
     words += ["--layer-decay", 0.5, "--freeze", "embedding", "--accelerator", "cpu"]
+    words += ["--no-save-memory"]
     said = run(*words, "data.streams=4", "--json")
     assert said.status == 0, said.err
     assert {o["protocol"] for o in said.json["after"]} == {"stream", "blocks"}
@@ -239,6 +289,7 @@ def test_the_command_on_a_text(tmp_path: Path) -> None:
     assert recipe.options["data"]["streams"] == 4
     assert recipe.finetune is not None
     assert recipe.finetune.freeze == "embedding"
+    assert not recipe.finetune.save_memory
     again = run(*words, "data.streams=4")
     assert again.status == 0, again.err
     assert again.out.startswith("protocol  metric")

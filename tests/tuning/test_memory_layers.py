@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 from zoo.families.continuous_depth.blocks import TimeVaryingConv2d
 from zoo.families.continuous_depth.image_networks import TimeChannelConv2d
@@ -158,6 +160,41 @@ def test_a_convolution_as_a_function_takes_what_that_of_torch_takes() -> None:
         assert torch.equal(ours, plain)
         found, expected = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, plain))
         assert torch.equal(found, expected)
+
+
+def test_what_is_not_kept_is_freed_and_what_is_goes_through_hooks_around_it() -> None:
+    """Of `save_on_cpu`, of a checkpoint: they are handed weights and masks, and no inputs."""
+    layers = [nn.Conv2d(3, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.ConvTranspose2d(3, 2, 2)]
+    plain = frozen(nn.Sequential(*layers))
+    ours = copy.deepcopy(plain)
+    save_memory(ours)
+    x = inputs((2, 3, 9, 9), torch.float32).requires_grad_()
+    expected = torch.autograd.grad(plain(x).square().sum(), x)[0]
+    seen: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        seen.append(tensor)
+        return len(seen) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda place: seen[place].clone()):
+        y = ours(x)
+    assert [t.dtype for t in seen] == [torch.float32, torch.bool, torch.int64, torch.float32]
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
+    again = checkpoint(ours, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.square().sum(), x)[0], expected)
+    hidden = x * 2
+    y, gone = ours[0](hidden), weakref.ref(hidden)
+    del hidden
+    assert gone() is None
+    assert y.requires_grad
+
+
+def test_a_weight_that_is_changed_before_the_backward_pass() -> None:
+    for one in (layer := frozen(nn.Conv2d(2, 2, 1)), saving(layer)):
+        y = one(torch.randn(1, 2, 3, 3, requires_grad=True))
+        one.weight.mul_(2)  # type: ignore[operator]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 @pytest.mark.parametrize("innermost", [False, True])

@@ -28,6 +28,8 @@ class FineTuning:
     """Adapters are scaled by alpha / rank; null: by one."""
     target: tuple[str, ...] | None = None
     """Layers that get an adapter; null: all linear ones and 1x1 convolutions but a new head."""
+    save_memory: bool = True
+    """Keep no more for the backward pass than it needs; the results stay the same to rounding."""
 
     def __post_init__(self) -> None:
         if self.freeze is not None and self.adapters is not None:

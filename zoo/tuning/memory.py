@@ -6,6 +6,9 @@ and in batch normalisation; it keeps the input of pooling, of which only the sha
 whole float per element of a ReLU, of which one bit is read. `save_memory` makes these layers keep
 what is used, which changes neither outputs nor gradients. Linear layers need no such help.
 
+It is done by hooks on what the operators of torch keep, which run these as they are. Transforms of
+functions, compilers and autocasting do not go with hooks: there, functions of our own do it.
+
 Sources: Bhatia, Dangel, "Lowering PyTorch's Memory Consumption for Selective Differentiation"
 (arXiv:2404.12406); Chen et al., "Training Deep Nets with Sublinear Memory Cost"
 (arXiv:1604.06174) for checkpoints. Leaky and bounded ReLUs, average pooling, double backward and
@@ -17,11 +20,12 @@ Shape notation: B examples, C channels, S spatial dimensions (one to three of th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +44,13 @@ __all__ = [
     "save_memory",
 ]
 
+# Overloads by name, the search for which takes longer than a small layer.
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_threshold_backward = torch.ops.aten.threshold_backward.default
 _aten = torch.ops.aten
+_hooks: Any = torch._C._autograd
 _Size = int | tuple[int, ...]
+_T = TypeVar("_T")
 
 
 def _watched(*tensors: Tensor | None) -> bool:
@@ -49,20 +58,118 @@ def _watched(*tensors: Tensor | None) -> bool:
 
     Derivatives in forward mode keep nothing, and are left to the operators themselves.
     """
-    return (
-        torch.is_grad_enabled()
-        and forward_ad._current_level < 0
-        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    )
+    if forward_ad._current_level >= 0 or not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # noqa: SIM110 - a generator takes as long as all else here
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _frozen(parameter: Tensor | None) -> bool:
     return parameter is None or not parameter.requires_grad
 
 
-def _stand_in(like: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of some shape that takes the memory of one element, for what is not read."""
-    return like.new_empty(1).expand(shape)
+def _stand_in(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, innermost: bool = False
+) -> Tensor:
+    """A tensor for what is not read.
+
+    On a CPU, memory that nobody touches is none, and its kernels want it in one piece: of one
+    element that is expanded they would make a copy. Elsewhere it is that one element.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(1, dtype=dtype, device=device).expand(shape)
+    layout = torch.contiguous_format
+    if innermost:
+        layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=dtype, memory_format=layout)
+
+
+def _for(grad: Tensor, shape: torch.Size, innermost: bool = False) -> Tensor:
+    """A stand-in beside a gradient, which may stand for several in a `vmap`."""
+    if torch._C._functorch.is_batchedtensor(grad):
+        return grad.new_empty(1).expand(shape)
+    return _stand_in(shape, grad.dtype, grad.device, innermost)
+
+
+def _may_hook(x: Tensor) -> bool:
+    """Whether hooks on what is kept may do it: much quicker than functions of our own.
+
+    Transforms refuse them, compilers would keep what they return, and autocasting makes copies of
+    which they do not know whose they are.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and _hooks._saved_tensors_hooks_is_enabled()
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def _keeping(
+    keep: Callable[[Tensor], Any],
+    get: Callable[[Any], Tensor],
+    layer: Callable[..., _T],
+    *args: Any,
+) -> _T:
+    """Call an operator, with a say in what it keeps.
+
+    Args:
+        keep: what is kept of a tensor: another one, or something else in its place.
+        get: from that, what the backward pass is given.
+        layer, args: the call.
+    """
+    outer = _hooks._top_saved_tensors_default_hooks(False)
+    pair = (keep, get) if outer is None else _within(outer, keep, get)
+    _hooks._push_saved_tensors_default_hooks(*pair)
+    try:
+        return layer(*args)
+    finally:
+        _hooks._pop_saved_tensors_default_hooks()
+
+
+def _within(
+    outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]],
+    keep: Callable[[Tensor], Any],
+    get: Callable[[Any], Tensor],
+) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """Hooks that hand the tensors on to those of `graph_bytes`, of a checkpoint or of a user."""
+
+    def pack(tensor: Tensor) -> Any:
+        kept = keep(tensor)
+        return (True, outer[0](kept)) if isinstance(kept, Tensor) else (False, kept)
+
+    def unpack(packed: Any) -> Tensor:
+        by_outer, kept = packed
+        return get(outer[1](kept) if by_outer else kept)
+
+    return pack, unpack
+
+
+def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`function.apply`, in the way that is quick where no transform asks for the other."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    return _eager(function).apply(*inputs)
+
+
+@functools.cache
+def _eager(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """A function that sets up its context in `forward`.
+
+    Of one that does so in `setup_context`, each call goes through `inspect.signature`, which takes
+    as long as a small layer.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), members)
 
 
 # --- convolution ---------------------------------------------------------------------------------
@@ -82,26 +189,23 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, _, ctx.options, ctx.innermost = inputs
-        ctx.shapes = x.shape, weight.shape
         # The weight has no gradient where `convolution` looks, but may have one in a transform
         # around a `vmap`, which hides it there.
         for_x, for_weight = ctx.needs_input_grad[:2]
+        ctx.shapes = x.shape, weight.shape
         ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         in_x = in_weight = in_bias = None
         if for_x or for_weight:
-            if weight is not None and ctx.innermost and not _is_innermost(weight):
-                # A stand-in has no strides, and cannot tell the kernel how the input lay.
-                weight = weight.clone(memory_format=_innermost_format(weight))
-            in_x, in_weight, _ = _aten.convolution_backward(
+            x, weight = ctx.saved_tensors
+            in_x, in_weight, _ = _convolution_backward(
                 grad,
-                _stand_in(grad, ctx.shapes[0]) if x is None else x,
-                _stand_in(grad, ctx.shapes[1]) if weight is None else weight,
+                _for(grad, ctx.shapes[0], ctx.innermost) if x is None else x,
+                _for(grad, ctx.shapes[1]) if weight is None else weight,
                 None,
                 *ctx.options,
                 [for_x, for_weight, False],
@@ -111,20 +215,12 @@ class _Convolution(torch.autograd.Function):
         return in_x, in_weight, in_bias, None, None
 
 
-def _innermost_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-
-
 def _lies_innermost(x: Tensor) -> bool:
     """Whether channels are innermost, where it is worth knowing and can be asked."""
     if x.ndim < 4 or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
         return False
-    return not x.is_contiguous() and _is_innermost(x)
-
-
-def _is_innermost(x: Tensor) -> bool:
-    """Whether the strides say so, as of a slice of channels too."""
-    return x.stride(1) == 1 and x.stride(-1) >= x.shape[1]
+    # Strides say so of a slice of channels too.
+    return not x.is_contiguous() and x.stride(1) == 1 and x.stride(-1) >= x.shape[1]
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -163,22 +259,47 @@ def convolution(
         B x out x S', or out x S'.
     """
     dimensions = weight.ndim - 2
-    if not _watched(x, bias) or not _frozen(weight) or not x.is_floating_point():
-        plain = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+    plain = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+    if weight.requires_grad or not _watched(x, bias) or not x.is_floating_point():
         y: Tensor = plain(x, weight, bias, stride, padding, dilation, groups)
         return y
-    dilation = _spread(dilation, dimensions)
     if isinstance(padding, str):
+        dilation = _spread(dilation, dimensions)
         x, padding = _explicit(x, weight, padding, dilation)
+    if _may_hook(x):
+        return _without(x, weight, plain, x, weight, bias, stride, padding, dilation, groups)
     options = (
         _spread(stride, dimensions),
         _spread(padding, dimensions),
-        dilation,
+        _spread(dilation, dimensions),
         False,
         (0,) * dimensions,
         groups,
     )
     return _convolve(x, weight, bias, options)
+
+
+def _without(x: Tensor, weight: Tensor | None, layer: Callable[..., _T], *args: Any) -> _T:
+    """A layer that keeps nothing of `x`, or of a view of it, but how it lay."""
+    place, version = x.data_ptr(), None if weight is None else weight._version
+
+    def keep(tensor: Tensor) -> Any:
+        if tensor.data_ptr() == place != 0:
+            return tensor.shape, tensor.dtype, tensor.device, _lies_innermost(tensor)
+        return tensor
+
+    def get(kept: Any) -> Tensor:
+        if not isinstance(kept, Tensor):
+            return _stand_in(*kept)
+        if weight is not None and weight._version != version:
+            # Of which torch loses sight behind hooks.
+            raise RuntimeError(
+                "The weight of a convolution has been modified by an inplace operation between "
+                "the forward and the backward pass, which needs it as it was."
+            )
+        return kept
+
+    return _keeping(keep, get, layer, *args)
 
 
 def _explicit(
@@ -197,7 +318,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any
     x, weight, bias = _cast(x, weight, bias)
     single = x.ndim == weight.ndim - 1
     batch = x.unsqueeze(0) if single else x
-    y: Tensor = _Convolution.apply(batch, weight, bias, options, _lies_innermost(batch))
+    y: Tensor = _apply(_Convolution, batch, weight, bias, options, _lies_innermost(batch))
     return y.squeeze(0) if single else y
 
 
@@ -227,6 +348,9 @@ class _SavingConvTranspose(nn.modules.conv._ConvTransposeNd):
         if not _watched(input, self.bias) or not _frozen(self.weight):
             y: Tensor = super().forward(input, output_size)
             return y
+        if _may_hook(input):
+            plain: Callable[..., Tensor] = super().forward
+            return _without(input, self.weight, plain, input, output_size)
         dimensions = self.weight.ndim - 2
         # Annotated as lists, called with tuples by torch itself.
         infer: Any = self._output_padding
@@ -287,20 +411,34 @@ class _SavingBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self._folded(input)
 
     def _folded(self, x: Tensor) -> Tensor:
-        """Scale and shift: operations of which autograd keeps C numbers."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        wide = torch.promote_types(x.dtype, torch.float32)
-        mean, variance = self.running_mean.to(wide), self.running_var.to(wide)
+        """Scale and shift: operations of which autograd keeps C numbers.
+
+        On small images it is the number of operations that counts.
+        """
+        # Past `nn.Module.__getattr__`, which takes as long as one of them.
+        mean, variance = self._buffers["running_mean"], self._buffers["running_var"]
+        weight: Tensor | None = self._parameters["weight"]
+        bias: Tensor | None = self._parameters["bias"]
+        assert mean is not None
+        assert variance is not None
+        narrow = x.dtype
+        wide = torch.promote_types(narrow, torch.float32)
+        if not narrow == mean.dtype == wide:
+            x, mean, variance = x.to(wide), mean.to(wide), variance.to(wide)
+            weight = None if weight is None else weight.to(wide)
+            bias = None if bias is None else bias.to(wide)
         scale = torch.rsqrt(variance + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.to(wide)
-        shift = -mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias.to(wide)
+        if weight is not None:
+            scale = scale * weight
+        shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
         shape = (-1, *[1] * (x.ndim - 2))
-        y = torch.addcmul(shift.view(shape), x.to(wide), scale.view(shape))
-        return y.to(x.dtype)
+        shift, scale = shift.view(shape), scale.view(shape)
+        if x.is_contiguous() and not torch._C._are_functorch_transforms_active():
+            # Of two numbers per plane, kernels vectorise with one at a time.
+            y = (x * scale).add_(shift)
+        else:
+            y = torch.addcmul(shift, x, scale)
+        return y if narrow == wide else y.to(narrow)
 
 
 class SavingBatchNorm1d(_SavingBatchNorm, nn.BatchNorm1d):
@@ -318,9 +456,21 @@ class SavingBatchNorm3d(_SavingBatchNorm, nn.BatchNorm3d):
 # --- activations ---------------------------------------------------------------------------------
 
 
+def _open(y: Tensor) -> Tensor:
+    # What is not zero is True: several times faster than a comparison.
+    return y.to(torch.bool)
+
+
 def _as_numbers(open: Tensor, dtype: torch.dtype) -> Tensor:
     # By way of int8, from which vectorised code casts, as it does not from bool.
     return open.view(torch.int8).to(dtype)
+
+
+def _where_open(grad: Tensor | None, open: Tensor) -> Tensor | None:
+    if grad is None:
+        return None
+    in_x: Tensor = _threshold_backward(grad, _as_numbers(open, grad.dtype), 0)
+    return in_x
 
 
 class _Clamp(torch.autograd.Function):
@@ -330,24 +480,23 @@ class _Clamp(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, low: float, high: float, inplace: bool) -> tuple[Tensor, Tensor]:
-        # What is not zero is True: several times faster than a comparison.
         if (low, high) == (0.0, math.inf):
             y = torch.relu_(x) if inplace else torch.relu(x)
-            return y, y.to(torch.bool)
+            return y, _open(y)
         y = F.hardtanh(x, low, high, inplace)
-        return y, (y - low).to(torch.bool).logical_and((high - y).to(torch.bool))
+        return y, _open(y - low).logical_and(_open(high - y))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         if inputs[3]:
             ctx.mark_dirty(inputs[0])
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        above = _as_numbers(ctx.saved_tensors[0], grads[0].dtype)
-        return _aten.threshold_backward(grads[0], above, 0), None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _where_open(grads[0], ctx.saved_tensors[0]), None, None, None
 
 
 class _Leak(torch.autograd.Function):
@@ -399,8 +548,8 @@ class _LeakPerChannel(torch.autograd.Function):
             kept = kept > 0
         above = _as_numbers(kept, grad.dtype)
         # One of the two is zero everywhere, so that the sum is exact.
-        steep = _aten.threshold_backward(grad, above, 0)
-        flat = _aten.threshold_backward(grad, 1 - above, 0)
+        steep = _threshold_backward(grad, above, 0)
+        flat = _threshold_backward(grad, 1 - above, 0)
         return steep + slope * flat, in_slope
 
 
@@ -415,6 +564,10 @@ class _SavingActivation(nn.Module):
         if not _watched(input) or not input.is_floating_point() or self._shares_its_output():
             y: Tensor = super().forward(input)
             return y
+        if type(self) is SavingReLU and _may_hook(input):
+            dtype = input.dtype
+            plain: Callable[[Tensor], Tensor] = super().forward
+            return _keeping(_open, lambda kept: _as_numbers(kept, dtype), plain, input)
         if not getattr(self, "inplace", False):
             return self._masked(input, False)
         if _is_plain(input):
@@ -440,7 +593,7 @@ class SavingReLU(_SavingActivation, nn.ReLU):
     """`nn.ReLU` that keeps a byte per element, where nobody keeps its output."""
 
     def _masked(self, x: Tensor, inplace: bool) -> Tensor:
-        y: Tensor = _Clamp.apply(x, 0.0, math.inf, inplace)[0]
+        y: Tensor = _apply(_Clamp, x, 0.0, math.inf, inplace)[0]
         return y
 
 
@@ -448,7 +601,7 @@ class SavingHardtanh(_SavingActivation, nn.Hardtanh):
     """`nn.Hardtanh` that keeps a byte per element, where nobody keeps its output."""
 
     def _masked(self, x: Tensor, inplace: bool) -> Tensor:
-        y: Tensor = _Clamp.apply(x, float(self.min_val), float(self.max_val), inplace)[0]
+        y: Tensor = _apply(_Clamp, x, float(self.min_val), float(self.max_val), inplace)[0]
         return y
 
 
@@ -460,7 +613,7 @@ class SavingLeakyReLU(_SavingActivation, nn.LeakyReLU):
     """`nn.LeakyReLU` that keeps a byte per element, where nobody keeps its output."""
 
     def _masked(self, x: Tensor, inplace: bool) -> Tensor:
-        y: Tensor = _Leak.apply(x, self.negative_slope, inplace)[0]
+        y: Tensor = _apply(_Leak, x, self.negative_slope, inplace)[0]
         return y
 
 
@@ -473,7 +626,7 @@ class SavingPReLU(_SavingActivation, nn.PReLU):
     def _masked(self, x: Tensor, inplace: bool) -> Tensor:
         if x.ndim < 2 or torch.is_autocast_enabled(x.device.type):
             return F.prelu(x, self.weight)
-        y: Tensor = _LeakPerChannel.apply(x, self.weight.view(-1, *[1] * (x.ndim - 2)))[0]
+        y: Tensor = _apply(_LeakPerChannel, x, self.weight.view(-1, *[1] * (x.ndim - 2)))[0]
         return y
 
 
@@ -507,8 +660,8 @@ class _MaxPool(torch.autograd.Function):
             if len(ctx.options[0]) == 3
             else _aten.max_pool2d_with_indices_backward
         )
-        in_x = back(grads[0], _stand_in(grads[0], ctx.shape), *ctx.options, indices)
-        return _laid_out(in_x, ctx.innermost), None, None
+        x = _for(grads[0], ctx.shape, ctx.innermost)
+        return back(grads[0], x, *ctx.options, indices), None, None
 
 
 class _AvgPool(torch.autograd.Function):
@@ -530,12 +683,8 @@ class _AvgPool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         three = len(ctx.options[0]) == 3
         back = _aten.avg_pool3d_backward if three else _aten.avg_pool2d_backward
-        in_x = back(grads[0], _stand_in(grads[0], ctx.shape), *ctx.options)
-        return _laid_out(in_x, ctx.innermost), None, None
-
-
-def _laid_out(x: Tensor, innermost: bool) -> Tensor:
-    return x.contiguous(memory_format=_innermost_format(x)) if innermost else x
+        x = _for(grads[0], ctx.shape, ctx.innermost)
+        return back(grads[0], x, *ctx.options), None, None
 
 
 def _windows(value: Any, dimensions: int, alone: int) -> tuple[int, ...]:
@@ -550,6 +699,8 @@ class _SavingMaxPool(nn.modules.pooling._MaxPoolNd):
     def forward(self, input: Tensor) -> Any:
         if not _watched(input):
             return super().forward(input)
+        if _may_hook(input):
+            return _without(input, None, super().forward, input)
         line = self._dimensions == 1
         options = (
             *_pooled_windows(self),
@@ -557,7 +708,7 @@ class _SavingMaxPool(nn.modules.pooling._MaxPoolNd):
             self.ceil_mode,
         )
         x = input.unsqueeze(-2) if line else input
-        y, indices = _MaxPool.apply(x, options, _lies_innermost(x))
+        y, indices = _apply(_MaxPool, x, options, _lies_innermost(x))
         if line:
             y, indices = y.squeeze(-2), indices.squeeze(-2)
         return (y, indices) if self.return_indices else y
@@ -605,6 +756,9 @@ class _SavingAvgPool(nn.modules.pooling._AvgPoolNd):
         if not _watched(input):
             y: Tensor = super().forward(input)
             return y
+        if _may_hook(input):
+            plain: Callable[[Tensor], Tensor] = super().forward
+            return _without(input, None, plain, input)
         line = self._dimensions == 1
         options = (
             *_pooled_windows(self),
@@ -613,7 +767,7 @@ class _SavingAvgPool(nn.modules.pooling._AvgPoolNd):
             getattr(self, "divisor_override", None),
         )
         x = input.unsqueeze(-2) if line else input
-        y = _AvgPool.apply(x, options, _lies_innermost(x))
+        y = _apply(_AvgPool, x, options, _lies_innermost(x))
         return y.squeeze(-2) if line else y
 
 
@@ -677,16 +831,20 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 
 def _reads_its_input(module: nn.Module) -> bool:
     """Whether the backward pass through a module, as it is now, takes its input."""
+    parameters = module._parameters
     if isinstance(module, _SavingBatchNorm):
-        return module.training or module.running_mean is None or not _frozen(module.weight)
-    if type(module) not in _LINEAR and not hasattr(module, "lora_a"):
+        return (
+            module.training
+            or module._buffers["running_mean"] is None
+            or not _frozen(parameters["weight"])
+        )
+    if type(module) not in _LINEAR and "lora_a" not in parameters:
         return True
-    # Of an adapter, the outer matrix takes the product with the inner one.
-    return any(
-        not _frozen(parameter)
-        for name, parameter in module._parameters.items()
-        if name not in ("bias", "lora_b")
-    )
+    for name, parameter in parameters.items():
+        # Of an adapter, the outer matrix takes the product with the inner one.
+        if not _frozen(parameter) and name not in ("bias", "lora_b"):
+            return True
+    return False
 
 
 def _weighted(module: nn.Module) -> list[nn.Module]:

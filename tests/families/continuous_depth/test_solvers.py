@@ -220,7 +220,7 @@ def test_the_adjoint_leaves_frozen_and_unused_parameters_without_gradient() -> N
 # ----------------------------------------------------------------------- memory and counts
 
 
-def saved_bytes(config: SolverConfig) -> int:
+def saved_bytes(config: SolverConfig, *, frozen: bool = False) -> int:
     """Bytes of distinct tensors that a forward pass keeps for the backward pass."""
     kept: dict[int, int] = {}
 
@@ -229,10 +229,15 @@ def saved_bytes(config: SolverConfig) -> int:
         alive.append(tensor)
         return tensor
 
-    field, alive = Field(16), []  # type: ignore[var-annotated]
+    field, alive = Field(16).requires_grad_(not frozen), []  # type: ignore[var-annotated]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        solve(field, initial(64, 16).requires_grad_(), (0.0, 1.0), config)
+        solve(field, initial(64, 16).requires_grad_(not frozen), (0.0, 1.0), config)
     return sum(kept.values())
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "checkpoint", "adjoint"])
+def test_where_nothing_learns_nothing_is_kept(gradient: Any) -> None:
+    assert saved_bytes(SolverConfig(method="rk4", gradient=gradient), frozen=True) == 0
 
 
 @pytest.mark.parametrize("method", FIXED_METHODS)

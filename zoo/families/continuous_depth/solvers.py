@@ -355,9 +355,12 @@ def _solve_fixed(
         )
         return Solution((initial, *states), statistics)
     states, y = [initial], initial
+    # Where nothing learns, no step keeps anything, and a checkpoint would keep its state.
+    learns = initial.requires_grad or bool(parameters) or not isinstance(field, nn.Module)
+    recomputes = solver.gradient == "checkpoint" and torch.is_grad_enabled() and learns
     for start, end in itertools.pairwise(times):
         for t, h in step_grid(start, end, solver.steps):
-            if solver.gradient == "checkpoint" and torch.is_grad_enabled():
+            if recomputes:
                 y = _checkpointed_step(tableau, field, t, h, y, statistics)
             else:
                 y = runge_kutta_step(tableau, field, t, h, y)
