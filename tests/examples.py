@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tests.texts import PIECES, TOPICS, labelled_texts
 from zoo.families.continuous_depth.trajectories import HORIZON
 from zoo.registry import architecture_of
 
@@ -65,6 +66,13 @@ def give_preprocessing(module: Any) -> None:
     elif task == "online-learning":  # one that has learned nothing has no classes to name
         pixels = torch.rand(6, *config.encoder.input_shape, generator=torch.Generator())
         module.learn(list(pixels), [0, 1, 2, 0, 1, 2])
+
+    elif task == "online-text-learning":
+        module.preprocessing = module.preprocessing_config(
+            vocabulary=PIECES, length=config.encoder.positions, classes=tuple(TOPICS)
+        )
+        texts, labels = labelled_texts(2)
+        module.learn(texts, labels)
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -126,6 +134,12 @@ def _online(module: Any) -> Example:
     return Example((pixels,), (2, module.config.num_classes), pixels)
 
 
+def _online_texts(module: Any) -> Example:
+    tokens = torch.arange(12).view(2, 6) % 7 + 4
+    tokens[1, 4:] = 0  # a shorter text
+    return Example((tokens,), (2, module.config.num_classes), ["a goal", "Rain, rain!"])
+
+
 def _regression(module: Any) -> Example:
     x = (torch.arange(2 * module.config.in_features).double() * 0.7).sin().float().view(2, -1)
     return Example((x,), (2, module.config.num_tasks), x)
@@ -140,5 +154,6 @@ _EXAMPLES: dict[str, Callable[[Any], Example]] = {
     "image-pair-classification": _canvases,
     "expert-recovery": _regression,
     "online-learning": _online,
+    "online-text-learning": _online_texts,
 }
 """Task -> its example, for a given module."""

@@ -52,7 +52,7 @@ def test_every_architecture_can_be_imported() -> None:
     for entry in registry.ARCHITECTURES.values():
         assert dataclasses.is_dataclass(entry.module_class().network_config)
         covered.append(entry.name)
-    assert len(covered) == 13
+    assert len(covered) == 14
 
 
 def test_the_mapping_cannot_be_written_to() -> None:

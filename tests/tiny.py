@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 import zoo.cli
+from tests.texts import TINY_BERT, write_encoder, write_texts
 from zoo import training
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,18 @@ SHRUNK: dict[str, list[str]] = {
         "data.stream.tasks=2",
         "data.stream.batch_size=4",
     ],
+    "online-ensemble-text": [
+        "trainer.accelerator=cpu",
+        "trainer.devices=1",
+        "trainer.enable_progress_bar=false",
+        "model.encoder_weights=null",
+        *(f"model.network.encoder.{key}={value}" for key, value in TINY_BERT.items()),
+        "model.network.ridge_ensemble.classifiers=4",
+        "model.network.ridge_ensemble.features=2",
+        "model.network.ridge_ensemble.gate.k=2",
+        "data.stream.tasks=2",
+        "data.stream.batch_size=4",
+    ],
 }
 """Architecture -> overrides that make a second's training of any of its recipes."""
 
@@ -163,6 +176,10 @@ class _LessData(dict[str, list[str]]):
                 f"data.path={write_pictures(folder)}",
                 f"data.size=[{_PICTURE}, {_PICTURE}]",
                 "data.channels=1",
+            ],
+            "text-streams": lambda: [
+                f"data.path={write_texts(folder / 'texts.csv')}",
+                f"model.encoder_weights={write_encoder(folder / 'encoder')}",
             ],
             "ratings": lambda: [f"data.path={write_ratings(folder)}"],
             "image-pairs": lambda: [

@@ -43,6 +43,7 @@ _PIPELINE_TAGS = {
     "image-pair-classification": "image-classification",
     "language-modeling": "text-generation",
     "online-learning": "image-classification",
+    "online-text-learning": "text-classification",
 }
 """Our task -> the Hub's name for it. A task that is not here gets no tag."""
 

@@ -128,13 +128,13 @@ def _parser() -> _Parser:
     sub = command("load-check", _load_check, "load a model and say which tensors were loaded")
     sub.add_argument("name")
 
-    sub = command("predict", _predict, "score texts, or name what is in pictures")
+    sub = command("predict", _predict, "score texts, or name the class of texts or pictures")
     sub.add_argument("name")
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", help="a text; may be repeated")
     source.add_argument("--file", action="append", help="a text file; may be repeated")
     source.add_argument("--image", nargs="+", metavar="FILE", help="pictures")
-    sub.add_argument("--top-k", type=int, default=5, help="classes to name of each picture (5)")
+    sub.add_argument("--top-k", type=int, default=5, help="classes to name of each (5)")
 
     sub = command("generate", _generate, "continue a text")
     sub.add_argument("name")
@@ -450,24 +450,40 @@ def _predict_texts(module: Any, options: argparse.Namespace) -> int:
 
 def _predict_images(module: Any, options: argparse.Namespace) -> int:
     predictions = module.predict(options.image, top_k=options.top_k)
-    if options.json:
+    return _show_classes("image", "picture", options.image, predictions, options.json)
+
+
+def _predict_topics(module: Any, options: argparse.Namespace) -> int:
+    from zoo.data.text import decode_bytes, read_text
+
+    texts = options.text or [decode_bytes(read_text(path)) for path in options.file]
+    names = options.file or [text if len(text) <= 40 else text[:37] + "..." for text in texts]
+    predictions = module.predict(texts, top_k=options.top_k)
+    return _show_classes("text", "text", names, predictions, options.json)
+
+
+def _show_classes(
+    key: str, title: str, names: list[str], predictions: list[Any], as_json: bool
+) -> int:
+    """Classes and probabilities of each of the inputs, which are called by their names."""
+    if as_json:
         _print_json(
             [
                 {
-                    "image": path,
+                    key: name,
                     "classes": list(prediction.classes),
                     "probabilities": list(prediction.probabilities),
                 }
-                for path, prediction in zip(options.image, predictions, strict=True)
+                for name, prediction in zip(names, predictions, strict=True)
             ]
         )
         return OK
     rows = [
-        [_printable(" ".join(path.split())), _printable(name), f"{probability:.4f}"]
-        for path, prediction in zip(options.image, predictions, strict=True)
-        for name, probability in zip(prediction.classes, prediction.probabilities, strict=True)
+        [_printable(" ".join(name.split())), _printable(label), f"{probability:.4f}"]
+        for name, prediction in zip(names, predictions, strict=True)
+        for label, probability in zip(prediction.classes, prediction.probabilities, strict=True)
     ]
-    _table(["picture", "class", "probability"], rows)
+    _table([title, "class", "probability"], rows)
     return OK
 
 
@@ -475,6 +491,7 @@ _PREDICTORS: dict[str, tuple[tuple[str, ...], Callable[[Any, argparse.Namespace]
     "image-classification": (("image",), _predict_images),
     "language-modeling": (("text", "file"), _predict_texts),
     "online-learning": (("image",), _predict_images),
+    "online-text-learning": (("text", "file"), _predict_topics),
 }
 """Task -> options that its input comes by, and what shows its predictions."""
 

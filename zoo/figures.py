@@ -61,7 +61,7 @@ def draw(
     module = checkpoints.load(folder, files=card.files)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
-    if run is not None and card.task != "online-learning":  # which has no loss
+    if run is not None and card.task not in _WITHOUT_LOSS:
         paths.append(_loss_curves(metrics, out / "loss.png", *_LOSS.get(card.task, ())))
     for drawer in _DRAWERS.get(card.task, ()):
         paths += drawer(module, folder, metrics, out)
@@ -425,7 +425,7 @@ def _stream(module: Any, folder: Path, metrics: Metrics, out: Path) -> list[Path
             axes.set(xlabel="classifier", ylabel="class")
             if few:
                 axes.set_yticks(range(len(rows)), list(rows))
-            axes.figure.colorbar(image, label="mean membership, test images")
+            axes.figure.colorbar(image, label="mean membership, test set")
     return paths
 
 
@@ -447,12 +447,16 @@ _LOSS: dict[str, tuple[str, str]] = {
 }
 """Task -> unit of the loss, and what it is validated on."""
 
+_WITHOUT_LOSS = ("online-learning", "online-text-learning")
+"""Tasks that learn without one."""
+
 _DRAWERS: dict[str, tuple[Drawer, ...]] = {
     "density-estimation": (_densities,),
     "image-classification": (_accuracy, _solvers),
     "image-pair-classification": (_experts,),
     "language-modeling": (_language_model,),
     "online-learning": (_stream,),
+    "online-text-learning": (_stream,),
     "recommendation": (_experts,),
     "trajectory-forecasting": (_trajectories,),
 }

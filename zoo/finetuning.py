@@ -132,9 +132,10 @@ def finetune(
     """
     base, source, label, card, inherited = _base(model)
     entry = architecture_of(type(base))
-    if entry.task == "online-learning":
+    if entry.task in ("online-learning", "online-text-learning"):
+        what = "images" if entry.task == "online-learning" else "texts"
         raise ConfigError(
-            f"{label} learns a stream in place: call its learn(images, labels), which takes new "
+            f"{label} learns a stream in place: call its learn({what}, labels), which takes new "
             f"classes at any time."
         )
     kind, options = _described(data, base, entry, label, seed)

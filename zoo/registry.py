@@ -122,6 +122,12 @@ _architectures = {
             module="zoo.tasks.online_learning:OnlineClassifier",
         ),
         Architecture(
+            name="online-ensemble-text",
+            family="online-ensemble",
+            task="online-text-learning",
+            module="zoo.tasks.online_texts:OnlineTextClassifier",
+        ),
+        Architecture(
             name="online-ensemble-encoder",
             family="online-ensemble",
             task="representation-learning",

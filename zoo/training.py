@@ -59,6 +59,7 @@ DATA_MODULES: dict[str, str] = {
     "spirals": "zoo.data.spirals:SpiralDataModule",
     "streams": "zoo.data.streams:StreamDataModule",
     "text": "zoo.data.text:TextDataModule",
+    "text-streams": "zoo.data.text_streams:TextStreamDataModule",
 }
 """Data modules that a recipe can name."""
 

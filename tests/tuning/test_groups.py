@@ -46,7 +46,8 @@ def test_every_network_of_the_zoo_describes_its_groups(name: str) -> None:
     found = rates(network, groups)
     trained = {n for n, p in network.named_parameters() if p.requires_grad}
     assert found.keys() == trained
-    assert max(lr for lr, _ in found.values()) == 1.0
+    # Of what is solved in closed form, behind a frozen encoder, nothing is trained.
+    assert max((lr for lr, _ in found.values()), default=1.0) == 1.0
     exempt = network.no_weight_decay()
     for parameter, (lr, decay) in found.items():
         assert lr in [0.5**k for k in range(40)]

@@ -48,6 +48,7 @@ __all__ = [
     "read_image",
     "read_image_folder",
     "read_parquet_images",
+    "set_apart",
 ]
 
 _EVALUATION_BATCH = 500
@@ -904,23 +905,41 @@ def _set_apart(split: ImageSplit, count: int, where: str) -> tuple[ImageSplit, I
     Raises:
         DataError: a class would be left without a training image.
     """
-    labels = split.labels.numpy()
-    if count >= len(labels):
-        raise DataError(f"{where} has {len(labels)} training images; {count} cannot be held out.")
-    shuffled = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
-    # The k-th image of a class of n stands at (k + 1/2) / n; the first `count` in this order are
+    parts = set_apart(split.labels, count, where)
+    kept, apart = (ImageSplit(split.images[i], split.labels[i]) for i in parts)
+    return kept, apart
+
+
+def set_apart(
+    labels: Tensor, count: int, where: str, *, what: str = "images", seed: int = _SPLIT_SEED
+) -> tuple[Tensor, Tensor]:
+    """Rows of two parts of a set, the second of `count` samples in the proportions of the classes.
+
+    Args:
+        labels: class of each sample, integers.
+        count: samples of the second part.
+        where: what the set is, for messages.
+        what: what the samples are, likewise.
+        seed: of which samples of a class they are.
+
+    Raises:
+        DataError: a class would be left without a training sample.
+    """
+    values = labels.numpy()
+    if count >= len(values):
+        raise DataError(f"{where} has {len(values)} training {what}; {count} cannot be held out.")
+    shuffled = np.random.default_rng(seed).permutation(len(values))
+    # The k-th sample of a class of n stands at (k + 1/2) / n; the first `count` in this order are
     # the classes in their proportions.
-    place = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
+    place = np.empty(len(values))
+    for label in np.unique(values):
+        members = shuffled[values[shuffled] == label]
         place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    order = np.lexsort((labels, place))
+    order = np.lexsort((values, place))
     apart, kept = np.sort(order[:count]), np.sort(order[count:])
-    lost = np.setdiff1d(labels, labels[kept])
+    lost = np.setdiff1d(values, values[kept])
     if len(lost):
         raise DataError(
-            f"{where} has too few images: with {count} held out, class {lost[0]} has none left."
+            f"{where} has too few {what}: with {count} held out, class {lost[0]} has none left."
         )
-    parts = [torch.from_numpy(index) for index in (kept, apart)]
-    kept_split, apart_split = (ImageSplit(split.images[i], split.labels[i]) for i in parts)
-    return kept_split, apart_split
+    return torch.from_numpy(kept), torch.from_numpy(apart)

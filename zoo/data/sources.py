@@ -96,6 +96,18 @@ def _omniglot(file: str, size: int, md5: str) -> Source:
     )
 
 
+def _minilm(file: str, size: int, sha256: str) -> Source:
+    """A file of the encoder of texts, of one commit on the Hub."""
+    repository = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2"
+    return Source(
+        path=f"all-MiniLM-L6-v2/{file}",
+        size=size,
+        digest=sha256,
+        url=f"{repository}/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/{file}",
+        licence="Apache-2.0",
+    )
+
+
 SOURCES: dict[str, Source] = {
     "tiny-shakespeare": Source(
         path="tiny-shakespeare/input.txt",
@@ -152,6 +164,16 @@ SOURCES: dict[str, Source] = {
     ),
     "omniglot-small-2": _omniglot(
         "images_background_small2.zip", 1_580_917, "b75a71a51d3b13f821f212756fe481fd"
+    ),
+    "minilm-weights": _minilm(
+        "model.safetensors",
+        90_868_376,
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "minilm-vocabulary": _minilm(
+        "vocab.txt",
+        231_508,
+        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
     ),
     "cifar100-train-parquet": Source(
         path="cifar100/train-00000-of-00001.parquet",

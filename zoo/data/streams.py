@@ -21,7 +21,7 @@ import functools
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,10 +40,13 @@ __all__ = [
     "StreamDataModule",
     "StreamRecord",
     "cached_encodings",
+    "kept_encodings",
     "make_stream",
+    "stream_loader",
 ]
 
 _ENCODING_BATCH = 200
+_Batch = TypeVar("_Batch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,21 +244,39 @@ class StreamBatch(NamedTuple):
     """Index of the task whose last batch this is; a learner is never told."""
 
 
-class _StreamBatches(Dataset[StreamBatch]):
-    def __init__(self, stream: Stream, images: Tensor, labels: Tensor) -> None:
-        self.stream, self.images, self.labels = stream, images, labels
+class _StreamBatches(Dataset[_Batch]):
+    def __init__(self, stream: Stream, batch: Callable[[Tensor, int | None], _Batch]) -> None:
+        self.stream, self.batch = stream, batch
         self.starts = (0, *stream.batch_ends)
 
     def __len__(self) -> int:
         return len(self.stream)
 
-    def __getitem__(self, index: int) -> StreamBatch:
+    def __getitem__(self, index: int) -> _Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)
         rows = self.stream.order[self.starts[index] : self.starts[index + 1]]
         ends = self.stream.task_ends
-        ended = ends.index(index + 1) if index + 1 in ends else None
-        return StreamBatch(rows, self.images[rows], self.labels[rows], ended)
+        return self.batch(rows, ends.index(index + 1) if index + 1 in ends else None)
+
+
+def stream_loader(
+    stream: Stream, batch: Callable[[Tensor, int | None], _Batch], processes: int
+) -> DataLoader[_Batch]:
+    """Batches in the order of a stream.
+
+    Args:
+        stream: the order.
+        batch: makes a batch of the rows of its samples and of the index of the task that it ends.
+        processes: how many there are.
+
+    Raises:
+        DataError: there are several processes; a stream has one order.
+    """
+    if processes > 1:
+        raise DataError("A stream is learned by one process, set trainer.devices=1.")
+    batches = _StreamBatches(stream, batch)
+    return DataLoader(batches, batch_size=None, generator=torch.Generator())
 
 
 class StreamDataModule(ImageDataModule):
@@ -307,6 +328,11 @@ class StreamDataModule(ImageDataModule):
         zeros, ones = (0.0,) * found.channels, (1.0,) * found.channels
         return dataclasses.replace(found, mean=zeros, std=ones)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each class."""
+        return self.preprocessing.classes
+
     @functools.cached_property
     def rows(self) -> Tensor:
         """Rows of the training set that the stream is made of."""
@@ -328,10 +354,12 @@ class StreamDataModule(ImageDataModule):
         Raises:
             DataError: there are several processes; a stream has one order.
         """
-        if self._process[1] > 1:
-            raise DataError("A stream is learned by one process, set trainer.devices=1.")
-        batches = _StreamBatches(self.stream, self.train_images, self.train_labels)
-        return DataLoader(batches, batch_size=None, generator=torch.Generator())
+        images, labels = self.train_images, self.train_labels
+        return stream_loader(
+            self.stream,
+            lambda rows, ended: StreamBatch(rows, images[rows], labels[rows], ended),
+            self._process[1],
+        )
 
 
 def cached_encodings(
@@ -351,19 +379,36 @@ def cached_encodings(
     Raises:
         DataError: the cache cannot be written.
     """
+    digest = hashlib.sha256(encoder.encode())
+    digest.update(images.contiguous().numpy().data)
+
+    def compute() -> Tensor:
+        parts = torch.split(images, _ENCODING_BATCH)
+        return torch.cat([encode(part / 255) for part in track(parts, f"encoding {what}")])
+
+    return kept_encodings(digest.hexdigest(), compute)
+
+
+def kept_encodings(digest: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Encodings from the cache, computed where it does not have them.
+
+    Args:
+        digest: of all that they depend on, in hexadecimal.
+        compute: makes them.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    digest = hashlib.sha256(encoder.encode())
-    digest.update(images.contiguous().numpy().data)
-    path = cache_dir() / "encodings" / f"{digest.hexdigest()}.safetensors"
+    path = cache_dir() / "encodings" / f"{digest}.safetensors"
     if path.is_file():
         try:
             return load_file(path)["encodings"]
         except (SafetensorError, KeyError):
             path.unlink()  # it can be made again
-    parts = torch.split(images, _ENCODING_BATCH)
-    encoded = torch.cat([encode(part / 255) for part in track(parts, f"encoding {what}")])
+    encoded = compute()
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

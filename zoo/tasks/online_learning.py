@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
 from zoo.tasks.image_classification import FromPixels, ImagePrediction, images_of
 from zoo.tasks.optimization import OptimizerConfig
 
-__all__ = ["OnlineClassifier"]
+__all__ = ["OnlineClassifier", "encoder_of_a_checkpoint"]
 
 _BATCH = 200
 
@@ -53,6 +53,10 @@ class OnlineClassifier(ZooModule):
 
     network_config: ClassVar[type[Any]] = OnlineNetworkConfig
     preprocessing_config: ClassVar[type[Any] | None] = ImagePreprocessing
+    data_class: ClassVar[type[Any]] = StreamDataModule
+    """Of the streams that it learns."""
+    unit: ClassVar[str] = "image"
+    """What one sample is."""
     protocols: ClassVar[dict[str, str]] = {
         "test": "share of the test images of all classes whose best score is that of the right "
         "class, each counted once"
@@ -114,16 +118,15 @@ class OnlineClassifier(ZooModule):
             DataError: the batch is empty, an image or a label is no such thing, or a class is
                 beyond a fixed head.
         """
-        inputs = self._images(images)
+        encodings = self._encoded(images)
         try:
             given = torch.as_tensor(labels).reshape(-1)
         except (TypeError, ValueError, RuntimeError):
             raise DataError(
                 f"Labels must be integers, got {labels!r:.60} ({type(labels).__name__})."
             ) from None
-        encodings = [self._encode(part) for part in torch.split(inputs, _BATCH)]
         try:
-            self.network.learner.learn(torch.cat(encodings), given.to(self.device))
+            self.network.learner.learn(encodings, given.to(self.device))
         except ValueError as error:
             raise DataError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
         self._name_classes()
@@ -148,8 +151,8 @@ class OnlineClassifier(ZooModule):
         names = self._known_preprocessing().classes
         k = min(top_k, int(self.network.learner.seen.sum()))
         predictions = []
-        for part in torch.split(self._images(images), _BATCH):
-            scores = self._scores(self._encode(part))
+        for part in torch.split(self._encoded(images), _BATCH):
+            scores = self._scores(part)
             order = scores.topk(max(k, 1)).indices
             chances = self.network.probabilities(scores).gather(1, order)
             for row, values in zip(order.tolist(), chances.tolist(), strict=True):
@@ -195,6 +198,10 @@ class OnlineClassifier(ZooModule):
             raise DataError("There are no images; the batch is empty.")
         return torch.stack(found)
 
+    def _encoded(self, images: Any) -> Tensor:
+        """Encodings of what a user holds, B x d."""
+        return torch.cat([self._encode(part) for part in torch.split(self._images(images), _BATCH)])
+
     def _encode(self, images: Tensor) -> Tensor:
         return self.network.forward_features(images.to(self.device, self._precision))
 
@@ -228,13 +235,11 @@ class OnlineClassifier(ZooModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.encoder_weights is not None:
             self.load_encoder(self.encoder_weights)
-        if not isinstance(datamodule, StreamDataModule):
+        if not isinstance(datamodule, self.data_class):
             return
         self.bind(datamodule)
-        tasks = datamodule.stream.task_classes
-        self.record = StreamRecord(len(datamodule.preprocessing.classes), tasks)
-        self._encodings = self._all_encodings(datamodule.train_images, "training images")
-        self._test_encodings = self._all_encodings(datamodule.test_images, "test images")
+        self.record = StreamRecord(len(datamodule.classes), datamodule.stream.task_classes)
+        self._encodings, self._test_encodings = self._kept_encodings(datamodule)
 
     def load_encoder(self, name: str | os.PathLike[str]) -> None:
         """Take the encoder of a checkpoint folder, or of a weight that is bundled.
@@ -242,9 +247,6 @@ class OnlineClassifier(ZooModule):
         Raises:
             ZooError: there is no such folder, or its encoder is another one.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = Path(name)
         if not folder.is_dir():
             folder = pretrained_folder(str(name))
@@ -253,24 +255,40 @@ class OnlineClassifier(ZooModule):
             raise ZooError(
                 f"No encoder weights at {name!r}: neither a folder nor a bundled weight."
             )
-        prefix = "encoder."
-        try:
-            stored = load_file(path)
-            tensors = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in stored.items()
-                if key.startswith(prefix)
-            }
-            self.network.encoder.load_state_dict(tensors)
-        except (SafetensorError, RuntimeError) as error:
-            raise ZooError(f"{path} has no encoder of this kind: {str(error)[:200]}") from None
+        self._take_encoder(path, encoder_of_a_checkpoint)
 
-    def _all_encodings(self, images: Tensor, what: str) -> Tensor:
+    def _take_encoder(
+        self, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    ) -> None:
+        """Give the encoder the tensors of a file, renamed by `convert`."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            self.network.encoder.load_state_dict(convert(load_file(path)))
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ZooError(f"{path} has no encoder of this kind: {reason}") from None
+
+    def _encoder_digest(self) -> str:
+        """Of the encoder's configuration and weights, in hexadecimal."""
         digest = hashlib.sha256(format_json(to_json(self.network.config.encoder)))
         for tensor in self.network.encoder.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _kept_encodings(self, datamodule: Any) -> tuple[Tensor, Tensor]:
+        """Encodings of what is learned and of what is tested, from the cache."""
+        digest = self._encoder_digest()
         encode = lambda part: self._encode(part).float().cpu()  # noqa: E731
-        return cached_encodings(images, encode, digest.hexdigest(), what)
+        return (
+            cached_encodings(datamodule.train_images, encode, digest, "training images"),
+            cached_encodings(datamodule.test_images, encode, digest, "test images"),
+        )
+
+    def _encode_batch(self, batch: Any) -> Tensor:
+        """Encodings of the batch of a stream, B x d."""
+        return self._encode(batch.images / 255)
 
     def training_step(self, batch: StreamBatch, batch_idx: int) -> Tensor:
         """Learn a batch; measure at the end of a task, of which the learner is not told.
@@ -279,7 +297,7 @@ class OnlineClassifier(ZooModule):
             Zero, for those who expect a loss; there is nothing left to be done with it.
         """
         if self._encodings is None:
-            encodings = self._encode(batch.images / 255)
+            encodings = self._encode_batch(batch)
         else:
             encodings = self._encodings[batch.rows].to(self.device)
         self.network.learner.learn(encodings, batch.labels.to(self.device))
@@ -308,7 +326,7 @@ class OnlineClassifier(ZooModule):
         assert self._test_encodings is not None
         if self.trainer.logger is None:
             return
-        named = datamodule.preprocessing.classes
+        named = datamodule.classes
         found = self.record.per_class[-1].tolist()
         values = {f"class_accuracy/{name}": value for name, value in zip(named, found, strict=True)}
         learner = self.network.learner
@@ -337,7 +355,8 @@ class OnlineClassifier(ZooModule):
         super().on_load_checkpoint(checkpoint)
         if "zoo_preprocessing" in checkpoint:
             values = checkpoint["zoo_preprocessing"]
-            self.preprocessing = build(ImagePreprocessing, values, "training checkpoint")
+            assert self.preprocessing_config is not None
+            self.preprocessing = build(self.preprocessing_config, values, "training checkpoint")
 
     @torch.no_grad()
     def exportable(self, batch: int, generator: torch.Generator) -> Exportable:
@@ -384,6 +403,12 @@ class OnlineClassifier(ZooModule):
                 ]
             )
 
+    def _encode_test(self, datamodule: Any) -> Tensor:
+        """Encodings of what is tested, computed anew."""
+        self._check_fit(self.network.config, datamodule.preprocessing)
+        parts = torch.split(datamodule.test_images, _BATCH)
+        return torch.cat([self._encode(part / 255) for part in track(parts, "images")])
+
     @torch.no_grad()
     def measure(self, datamodule: StreamDataModule, protocol: str) -> Measurement:  # type: ignore[override]
         """Accuracy on the test images of all classes, from 0 to 1; sampling units are images.
@@ -396,25 +421,28 @@ class OnlineClassifier(ZooModule):
                 f"Unknown protocol {protocol!r}; choose one of {', '.join(self.protocols)}."
             )
         datamodule.setup("test")
-        known, data = self._known_preprocessing(), datamodule.preprocessing
-        if data.classes != known.classes[: len(data.classes)]:
+        classes, labels = datamodule.classes, datamodule.test_labels
+        if classes != self._known_preprocessing().classes[: len(classes)]:
             raise DataError("The classes of the data are not those of the model.")
-        self._check_fit(self.network.config, data)
-        images, labels = datamodule.test_images, datamodule.test_labels
-        parts = torch.split(images, _BATCH)
-        predicted = torch.cat(
-            [self._classify(self._encode(part / 255)) for part in track(parts, "images")]
-        )
+        predicted = self._classify(self._encode_test(datamodule))
         if len(predicted) != len(labels):
-            raise AssertionError(f"counted {len(predicted)} images of {len(labels)}")
+            raise AssertionError(f"counted {len(predicted)} {self.unit}s of {len(labels)}")
         return Measurement(
             metric="accuracy",
-            unit="image",
+            unit=self.unit,
             sums=(predicted == labels).double(),
             counts=torch.ones_like(labels),
             kind="proportion",
             split="test",
         )
+
+
+def encoder_of_a_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the encoder among those of an `OnlineNetwork`, under its own names."""
+    prefix = "encoder."
+    return {
+        key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)
+    }
 
 
 class _FrozenScores(nn.Module):

@@ -39,9 +39,11 @@ from zoo.families.online_ensemble.network import (
     AnchorConfig,
     OnlineNetwork,
     OnlineNetworkConfig,
+    OnlineTextNetworkConfig,
     build_learner,
 )
 from zoo.families.online_ensemble.ridge_ensemble import RidgeEnsemble, RidgeEnsembleConfig
+from zoo.families.online_ensemble.texts import MiniLMEncoder, TextEncoderConfig, convert_minilm
 
 __all__ = [
     "ENSEMBLE_PRESETS",
@@ -53,17 +55,21 @@ __all__ = [
     "GateConfig",
     "GatedEnsemble",
     "LinearDiscriminant",
+    "MiniLMEncoder",
     "NearestMean",
     "OnlineLearner",
     "OnlineNetwork",
     "OnlineNetworkConfig",
+    "OnlineTextNetworkConfig",
     "RidgeClassifier",
     "RidgeEnsemble",
     "RidgeEnsembleConfig",
     "SoftmaxClassifier",
+    "TextEncoderConfig",
     "build_encoder",
     "build_learner",
     "convert_efficientnet_lite0",
+    "convert_minilm",
     "ensemble_preset",
     "gate",
     "hard_topk",

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.families.online_ensemble.texts import MiniLMEncoder, TextEncoderConfig
+
 __all__ = [
     "AutoencoderEncoder",
     "ConvEncoder",
@@ -68,6 +70,20 @@ class EncoderConfig:
         if self.kind == "none":
             return (self.dim,)
         return (self.channels, self.image_size, self.image_size)
+
+    def check(self, images: Tensor) -> None:
+        """Refuse what cannot be encoded.
+
+        Raises:
+            ValueError: the images have another shape, or values that are not finite.
+        """
+        if tuple(images.shape[1:]) != self.input_shape:
+            raise ValueError(
+                f"expected images of shape B x {' x '.join(map(str, self.input_shape))}, got "
+                f"{tuple(images.shape)}"
+            )
+        if not bool(images.isfinite().all()):
+            raise ValueError("the images contain NaN or infinity")
 
 
 class AutoencoderEncoder(nn.Module):
@@ -152,8 +168,14 @@ class EfficientNetEncoder(nn.Module):
         return encoding
 
 
-def build_encoder(config: EncoderConfig) -> nn.Module:
-    """The encoder of a configuration, with random weights, not yet frozen."""
+def build_encoder(config: EncoderConfig | TextEncoderConfig) -> nn.Module:
+    """The encoder of a configuration, with random weights, not yet frozen.
+
+    Raises:
+        ZooError: it is one of texts, and transformers is not installed.
+    """
+    if isinstance(config, TextEncoderConfig):
+        return MiniLMEncoder(config)
     if config.kind == "autoencoder":
         return AutoencoderEncoder(config)
     if config.kind == "conv":

@@ -1,6 +1,6 @@
 """A frozen encoder and what learns a stream of its encodings.
 
-Shape notation: B images, d encoding width, C classes.
+Shape notation: B images or texts, d encoding width, C classes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ from zoo.families.online_ensemble.learners import (
     SoftmaxClassifier,
 )
 from zoo.families.online_ensemble.ridge_ensemble import RidgeEnsemble, RidgeEnsembleConfig
+from zoo.families.online_ensemble.texts import TextEncoderConfig
 
-__all__ = ["AnchorConfig", "OnlineNetwork", "OnlineNetworkConfig", "build_learner"]
+__all__ = [
+    "AnchorConfig",
+    "OnlineNetwork",
+    "OnlineNetworkConfig",
+    "OnlineTextNetworkConfig",
+    "build_learner",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,7 @@ class AnchorConfig:
 
 
 # Frozen, so that one of each can be the default of many.
-_ENCODER, _ANCHOR = EncoderConfig(), AnchorConfig()
+_ENCODER, _TEXT_ENCODER, _ANCHOR = EncoderConfig(), TextEncoderConfig(), AnchorConfig()
 _ENSEMBLE, _RIDGE_ENSEMBLE = EnsembleConfig(), RidgeEnsembleConfig()
 
 
@@ -85,6 +92,18 @@ class OnlineNetworkConfig:
             raise ValueError("a fixed head (grows=False) needs num_classes")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineTextNetworkConfig(OnlineNetworkConfig):
+    """Shape of an `OnlineNetwork` over texts.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    encoder: TextEncoderConfig = _TEXT_ENCODER  # type: ignore[assignment]
+    """The frozen encoder."""
+
+
 def build_learner(config: OnlineNetworkConfig) -> OnlineLearner:
     """The learner of a configuration, of which nothing has been learned yet."""
     dim, anchor = config.encoder.dim, config.anchor
@@ -103,7 +122,9 @@ def build_learner(config: OnlineNetworkConfig) -> OnlineLearner:
 
 
 class OnlineNetwork(nn.Module):
-    """Classifies images by what it has learned of a stream of them, in one pass.
+    """Classifies images or texts by what it has learned of a stream of them, in one pass.
+
+    "Inputs" are images, B x C x H x W in [0, 1], or tokens of texts, B x T.
 
     Args:
         config: its shape.
@@ -121,21 +142,14 @@ class OnlineNetwork(nn.Module):
         return dataclasses.replace(self.config, num_classes=self.learner.num_classes)
 
     @torch.no_grad()
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Encodings, B x d, of images B x C x H x W in [0, 1]; the encoder is never trained.
+    def forward_features(self, inputs: Tensor) -> Tensor:
+        """Encodings of inputs, B x d; the encoder is never trained.
 
         Raises:
-            ValueError: the images have another shape, or values that are not finite.
+            ValueError: the inputs have another shape, or values that have no encoding.
         """
-        expected = self.config.encoder.input_shape
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"expected images of shape B x {' x '.join(map(str, expected))}, got "
-                f"{tuple(images.shape)}"
-            )
-        if not bool(images.isfinite().all()):
-            raise ValueError("the images contain NaN or infinity")
-        encodings: Tensor = self.encoder.eval()(images)
+        self.config.encoder.check(inputs)
+        encodings: Tensor = self.encoder.eval()(inputs)
         return encodings
 
     def forward_head(self, encodings: Tensor) -> Tensor:
@@ -143,15 +157,15 @@ class OnlineNetwork(nn.Module):
         scores: Tensor = self.learner(encodings)
         return scores
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Scores of all classes, B x C; minus infinity for classes that were never seen."""
-        return self.forward_head(self.forward_features(images))
+        return self.forward_head(self.forward_features(inputs))
 
-    def learn(self, images: Tensor, labels: Tensor) -> None:
+    def learn(self, inputs: Tensor, labels: Tensor) -> None:
         """Learn one batch of the stream, in place; see `OnlineLearner.learn`."""
-        if len(images) == 0:
+        if len(inputs) == 0:
             raise ValueError("the batch is empty; there is nothing to learn")
-        self.learner.learn(self.forward_features(images), labels)
+        self.learner.learn(self.forward_features(inputs), labels)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Probabilities of the classes, B x C, as far as the scores of this learner mean any.
