@@ -408,6 +408,7 @@ EXPECTED_CARDS = [
     "ode-resnet.mnist",
     "online-ensemble.split-fashion-mnist",
     "online-ensemble.split-mnist",
+    "sau-shufflenet-v2-x0-5.fashion-mnist",
 ]
 
 

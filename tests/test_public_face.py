@@ -118,6 +118,7 @@ BUNDLED = [
     "ode-resnet.mnist",
     "online-ensemble.split-fashion-mnist",
     "online-ensemble.split-mnist",
+    "sau-shufflenet-v2-x0-5.fashion-mnist",
 ]
 
 

@@ -34,7 +34,6 @@ TO_TRAIN = {
     "ode-resnet.fashion-mnist",
     "online-ensemble.split-cifar100",
     "sau-shufflenet-v2-x0-5.cifar100",
-    "sau-shufflenet-v2-x0-5.fashion-mnist",
     "sau-shufflenet-v2-x1.cifar100",
     "sau-shufflenet-v2-x2.cifar100",
 }
