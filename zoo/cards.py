@@ -37,7 +37,6 @@ class _Dumper(_SafeDumper):  # type: ignore[misc]
         return True
 
 
-
 _PIPELINE_TAGS = {
     "image-classification": "image-classification",
     "image-pair-classification": "image-classification",
