@@ -118,7 +118,7 @@ def test_every_snippet_is_accounted_for() -> None:
 def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of a user's own, with a text of their own."""
     write_text(tmp_path, lines=150).rename(tmp_path / "my.txt")
-    for name in ("digit", "picture", "new", "other"):
+    for name in ("digit", "picture", "trousers", "new", "other"):
         Image.new("L", (28, 28), len(name)).save(tmp_path / f"{name}.png")
     bundled = cards.pretrained_folder("cached-transformer-lm.tiny-shakespeare")
     (tmp_path / "my-lm").symlink_to(bundled, target_is_directory=True)

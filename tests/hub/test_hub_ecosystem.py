@@ -65,7 +65,7 @@ def test_the_hubs_own_parser_reads_our_cards(name: str, tmp_path: Path) -> None:
     data = loaded.data
     assert data.license == card.weights_license
     assert data.library_name == "zoo"
-    assert data.datasets == list(card.datasets)
+    assert (data.datasets or []) == list(card.datasets)
     found = data.eval_results or []
     assert [(r.metric_type, r.metric_value, r.dataset_name) for r in found] == [
         (result.metric, result.value, result.dataset) for result in card.results
