@@ -133,7 +133,10 @@ def draw_controls(arms: Mapping[str, Sequence[Path]], unit: str, path: Path) -> 
                 means = [statistics.fmean(one[step] for one in logged) for step in steps]
                 if loss == "train_loss":
                     label = f"{name}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
-                    (line,) = axes.plot(steps, _smooth(tuple(means)), label=label)
+                    smooth = _smooth(tuple(means))
+                    (line,) = axes.plot(steps, smooth, label=label)
+                    # Smoothed labels, dropout: it may end far above the loss in validation.
+                    tops.append(smooth[len(smooth) // 4])
                 else:
                     axes.plot(steps, means, "o", color=line.get_color())
                     tops.append(means[0])
