@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zoo import files
 from zoo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +31,17 @@ def fill(text: str, marker: str, content: str, where: str) -> str:
     if not (found and closed) or text.count(opening) + text.count(closing) != 2:
         raise ConfigError(f"{where}: expected {opening} and then {closing}, once each")
     return f"{before}{opening}\n{content}\n{closing}{after}"
+
+
+def fill_file(path: Path, marker: str, content: str) -> None:
+    """As `fill`, in a file such as a README.
+
+    Raises:
+        ConfigError: When it does not have both markers exactly once, in that order.
+        CheckpointError: When it cannot be written.
+    """
+    text = fill(path.read_text(encoding="utf-8"), marker, content, where=str(path))
+    files.write_bytes(path, text.encode())
 
 
 def fill_all(card: Card) -> str:

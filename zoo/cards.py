@@ -584,9 +584,7 @@ def update_readme(path: Path) -> None:
     Raises:
         ConfigError: When it lacks the markers.
     """
-    table = render_readme_table(load_cards().values())
-    text = _card_tables.fill(path.read_text(encoding="utf-8"), "models", table, where=str(path))
-    files.write_bytes(path, text.encode())
+    _card_tables.fill_file(path, "models", render_readme_table(load_cards().values()))
 
 
 def render_readme_table(cards: Iterable[Card]) -> str:

@@ -139,9 +139,7 @@ def finished_runs(name: str, out: str | os.PathLike[str] | None = None) -> dict[
     folder = _folder(name, out)
     recipes = [training.read_recipe(path) for path in find_recipes(name)]
     found = {
-        recipe.name: [
-            path.parent for path in sorted((folder / recipe.path.stem).glob(f"seed_*/{_OUTCOME}"))
-        ]
+        recipe.name: [path.parent for path in _outcomes(folder / recipe.path.stem).values()]
         for recipe in recipes
     }
     return {control: runs for control, runs in found.items() if runs}
@@ -208,17 +206,22 @@ def _protocols(recipe: training.Recipe) -> list[str]:
     return list(module_class.protocols_on(training.data_module(recipe)))
 
 
+def _outcomes(folder: Path) -> dict[int, Path]:
+    """What the finished runs of a control have written, by their seeds in order."""
+    found = {
+        int(path.parent.name.removeprefix("seed_")): path
+        for path in folder.glob(f"seed_*/{_OUTCOME}")
+    }
+    return dict(sorted(found.items()))
+
+
 def _load_arm(recipe: training.Recipe, folder: Path, protocol: str) -> _Arm:
     import torch
 
     from zoo.tasks.base import Measurement
 
     measurements, minutes = [], 0.0
-    found = {
-        int(path.parent.name.removeprefix("seed_")): path
-        for path in folder.glob(f"seed_*/{_OUTCOME}")
-    }
-    paths = {seed: found[seed] for seed in sorted(found)}
+    paths = _outcomes(folder)
     if not paths:
         raise ZooError(f"There is no finished run of {recipe.path.stem} in {folder}.")
     for path in paths.values():

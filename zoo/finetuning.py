@@ -133,10 +133,9 @@ def finetune(
     base, source, label, card, inherited = _base(model)
     entry = architecture_of(type(base))
     if entry.task in ("online-learning", "online-text-learning"):
-        what = "images" if entry.task == "online-learning" else "texts"
         raise ConfigError(
-            f"{label} learns a stream in place: call its learn({what}, labels), which takes new "
-            f"classes at any time."
+            f"{label} learns a stream in place: call its learn({base.unit}s, labels), which takes "
+            f"new classes at any time."
         )
     kind, options = _described(data, base, entry, label, seed)
     tag = _slug(name or str(options.get("path") or options.get("dataset") or kind))

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from zoo import _card_tables, files
+from zoo import _card_tables
 from zoo.errors import UnknownNameError, nearest
 from zoo.families.cached_transformers import CachedTransformerLM, CachedTransformerLMConfig
 from zoo.families.continuous_depth.image_networks import ODEResNet, ODEResNetConfig
@@ -350,6 +350,4 @@ def update_readme(path: Path, measured: Sequence[Row]) -> None:
     Raises:
         ConfigError: it lacks the markers.
     """
-    text = path.read_text(encoding="utf-8")
-    text = _card_tables.fill(text, "memory", markdown(measured), where=str(path))
-    files.write_bytes(path, text.encode())
+    _card_tables.fill_file(path, "memory", markdown(measured))

@@ -301,10 +301,7 @@ def update_readme(path: Path, reports: Sequence[Report]) -> None:
     Raises:
         ConfigError: it lacks the markers.
     """
-    text = path.read_text(encoding="utf-8")
-    path.write_text(
-        _card_tables.fill(text, "speed", render(reports), where=str(path)), encoding="utf-8"
-    )
+    _card_tables.fill_file(path, "speed", render(reports))
 
 
 def as_text(report: Report) -> str:

@@ -15,7 +15,6 @@ import os
 import pickle
 import struct
 import tarfile
-import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from zoo.data.sources import cache_dir, locate, locate_first
 from zoo.errors import DataError, UnknownNameError, nearest
+from zoo.files import partial_path
 from zoo.progress import track
 
 __all__ = [
@@ -435,7 +435,7 @@ def _read_cifar100(part: Part, data_dir: str | os.PathLike[str] | None) -> Image
                 except (SafetensorError, KeyError):
                     cached.unlink()  # it can be made again
             split = _canonical(_decode_cifar100(part, data_dir), digest, f"CIFAR-100 ({part})")
-            partial = cached.with_name(f".{cached.name}.{uuid.uuid4().hex}.part")
+            partial = partial_path(cached)
             try:
                 save_file({"images": split.images, "labels": split.labels}, partial)
                 partial.replace(cached)

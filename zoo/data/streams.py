@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, TypeVar
 
@@ -31,6 +30,7 @@ from torchmetrics.functional.classification import multiclass_stat_scores
 from zoo.data.images import ImageDataModule, ImagePreprocessing
 from zoo.data.sources import cache_dir
 from zoo.errors import DataError
+from zoo.files import partial_path
 from zoo.progress import track
 
 __all__ = [
@@ -409,7 +409,7 @@ def kept_encodings(digest: str, compute: Callable[[], Tensor]) -> Tensor:
         except (SafetensorError, KeyError):
             path.unlink()  # it can be made again
     encoded = compute()
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"encodings": encoded}, partial)
