@@ -228,3 +228,16 @@ def test_measuring_needs_the_classes_of_the_model(tmp_path: Path) -> None:
         m.measure(data, "test")
     with pytest.raises(ZooError, match="Unknown protocol 'x'; choose one of test"):
         m.measure(data, "x")
+
+
+def test_large_images_are_encoded_a_few_at_a_time() -> None:
+    encoder = EncoderConfig(kind="conv", dim=16, image_size=200)
+    m = module(dataclasses.replace(NETWORK, encoder=encoder)).double()
+    sizes: list[int] = []
+    m.network.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    images = torch.rand(14, 1, 200, 200, generator=torch.Generator().manual_seed(4))
+    m.learn(images, torch.arange(14) % 2)
+    together = [p.probabilities for p in m.predict(images)]
+    assert max(sizes) == encoder.batch_size == 6
+    alone = [m.predict(image)[0].probabilities for image in images]
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-9)

@@ -19,6 +19,7 @@ from zoo.data.images import ImagePreprocessing
 from zoo.data.streams import StreamBatch, StreamDataModule, StreamRecord, cached_encodings
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.online_ensemble import (
+    EncoderConfig,
     GatedEnsemble,
     OnlineNetwork,
     OnlineNetworkConfig,
@@ -203,7 +204,10 @@ class OnlineClassifier(ZooModule):
         return torch.cat([self._encode(part) for part in torch.split(self._images(images), _BATCH)])
 
     def _encode(self, images: Tensor) -> Tensor:
-        return self.network.forward_features(images.to(self.device, self._precision))
+        encoder = self.network.config.encoder
+        assert isinstance(encoder, EncoderConfig)
+        parts = torch.split(images.to(self.device, self._precision), encoder.batch_size)
+        return torch.cat([self.network.forward_features(part) for part in parts])
 
     @property
     def _precision(self) -> torch.dtype:

@@ -132,6 +132,7 @@ def test_bad_images_and_options_are_refused() -> None:
         (lambda: EncoderConfig(dim=0), "dim must be at least 1, got 0"),
         (lambda: EncoderConfig(resize=0), "resize must be at least 1 or None, got 0"),
         (lambda: EncoderConfig(kind="conv", dim=30), "dim 30 must divide by 4"),
+        (lambda: EncoderConfig(kind="conv", dim=8), "starts with dim / 16 channels, got dim 8"),
         (lambda: EncoderConfig(kind="efficientnet-lite0"), "has dim 1280 and 3 channels"),
         (lambda: EncoderNetworkConfig(encoder=CONFIGS["conv"]), "has no decoder"),
         (lambda: EncoderNetworkConfig(num_classes=-1), "must not be negative, got -1"),

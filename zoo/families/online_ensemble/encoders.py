@@ -58,6 +58,8 @@ class EncoderConfig:
             raise ValueError(f"resize must be at least 1 or None, got {self.resize}")
         if self.kind == "conv" and self.dim % 4:
             raise ValueError(f"a conv encoder pools to 2 x 2, so dim {self.dim} must divide by 4")
+        if self.kind == "conv" and self.dim < 16:
+            raise ValueError(f"a conv encoder starts with dim / 16 channels, got dim {self.dim}")
         if self.kind == "efficientnet-lite0" and (self.dim, self.channels) != (1280, 3):
             raise ValueError(
                 f"efficientnet-lite0 has dim 1280 and 3 channels, not {self.dim} and "
@@ -70,6 +72,16 @@ class EncoderConfig:
         if self.kind == "none":
             return (self.dim,)
         return (self.channels, self.image_size, self.image_size)
+
+    @property
+    def batch_size(self) -> int:
+        """Images that are best encoded at a time on a CPU: 16 at 128 x 128, more of small ones.
+
+        Activations beyond some 32 MB are mapped anew by the allocator at each layer, which takes
+        longer than the layers do.
+        """
+        side = self.resize or self.image_size
+        return max(1, 2**18 // side**2)
 
     def check(self, images: Tensor) -> None:
         """Refuse what cannot be encoded.
