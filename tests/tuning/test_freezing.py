@@ -194,3 +194,28 @@ def test_a_pattern_that_matches_nothing(pattern: str, message: str) -> None:
         freeze(network, ["conv", pattern])
     assert str(caught.value).startswith(message)
     assert all(p.requires_grad for p in network.parameters()), "nothing is frozen by halves"
+
+
+class _WithTable(nn.Module):
+    """A network that holds a buffer itself, beside a part to freeze and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 2))
+        self.register_buffer("table", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.encoder(x * self.table))
+        return out
+
+
+def test_a_buffer_at_the_root_leaves_the_head_in_training() -> None:
+    network = _WithTable()
+    freeze(network, ["table", "encoder"])
+    network.train()
+    x = torch.ones(3, 4)
+    one, other = network(x), network(x)
+    assert not network.training, "its own buffer is frozen"
+    assert network.head[0].training
+    assert not torch.equal(one, other), "the head's dropout draws"

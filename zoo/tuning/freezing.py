@@ -81,7 +81,7 @@ def freeze(
         if own & frozen:
             if not hasattr(module, _HOOK):
                 setattr(module, _HOOK, module.register_forward_pre_hook(_stay_in_eval))
-            module.eval()
+            module.training = False
     return tuple(names)
 
 
@@ -107,8 +107,9 @@ def unfreeze(model: nn.Module, patterns: str | Sequence[str] = "*") -> tuple[str
 
 
 def _stay_in_eval(module: nn.Module, inputs: Any) -> None:
-    if module.training:
-        module.eval()
+    # Not `eval()`, which would reach the modules inside: those may be trained, as a head in a
+    # network that holds a buffer itself.
+    module.training = False
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
