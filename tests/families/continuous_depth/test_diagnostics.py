@@ -246,3 +246,10 @@ def test_an_unknown_layer_has_no_bound() -> None:
         log_lipschitz_bound(nn.MaxPool2d(3, 2), (1, 8, 8))
     net = nn.Sequential(nn.Linear(4, 3), nn.GELU())
     assert input_lipschitz(net, torch.randn(2, 4), 1.0, (4,)).log10_upper is None
+
+
+def test_a_parameter_that_is_not_used_does_not_count() -> None:
+    one = block(-0.5 * torch.eye(4).double())
+    cosine = diagnose_block(one, states()).adjoint_cosine
+    one.field.unused = nn.Parameter(torch.ones(2).double())
+    assert diagnose_block(one, states()).adjoint_cosine == pytest.approx(cosine, abs=1e-9)

@@ -155,9 +155,20 @@ def test_refined_times_include_all_and_leave_no_gap(
 
 
 def test_times_that_go_back_are_refused() -> None:
-    for times in ([1.0, 0.5], [1.0, 1.0], [-0.1]):
+    for times in ([1.0, 0.5], [1.0, 1.0], [-0.1], [0.5, math.nan], [math.inf]):
         with pytest.raises(ValueError, match="increasing from 0 on"):
             refined_times(times, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["latent_ode", "rnn"])
+def test_networks_refuse_such_times_too(kind: Any) -> None:
+    network = build_trajectory_network(TrajectoryConfig(kind=kind))
+    times, values = torch.tensor([[0.1, 0.2]]), torch.zeros(1, 2, 2)
+    for at in ([0.6, 0.4], [0.6, math.nan], [math.inf]):
+        with pytest.raises(ValueError, match="increasing from 0 on"):
+            network(times, values, at)
+    with pytest.raises(ValueError, match="at least one time"):
+        network(times, values, [])
 
 
 def observed(batch: int = 3, n: int = 5) -> tuple[Tensor, Tensor, Tensor, list[float]]:

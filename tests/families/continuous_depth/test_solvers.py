@@ -400,7 +400,8 @@ def test_a_wrong_configuration_is_refused(options: dict[str, Any], message: str)
         ((0.0, 1.0, 0.5), r"times\[1\] = 1 is followed by 0.5"),
         ((0.0, 0.0), "strictly"),
         ((1.0, 0.5, 0.7), r"times\[1\] = 0.5 is followed by 0.7"),
-        ((0.0, math.nan), "strictly"),
+        ((0.0, math.nan), "times must be finite, got 0, nan"),
+        ((0.0, math.inf), "times must be finite, got 0, inf"),
     ],
 )
 def test_times_that_are_not_monotone_are_refused(times: Any, message: str) -> None:
@@ -453,3 +454,66 @@ def test_the_cap_holds_in_the_backward_pass_too() -> None:
     object.__setattr__(config, "max_nfe", solution.statistics.nfe - 20)
     with pytest.raises(SolverError, match="cap of max_nfe"):
         solution.last.sum().backward()
+
+
+def test_an_underflow_in_the_backward_pass_is_named_too() -> None:
+    """Backwards in time y' = -k y^3 explodes, so that steps become too short."""
+    k = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    config = SolverConfig(method="dopri5", tolerance=1e-3, gradient="adjoint")
+    y0 = torch.tensor([[3.0]], dtype=torch.float64)
+    solution = solve(lambda t, y: -k * y**3, y0, (0.0, 50.0), config, [k])
+    with pytest.raises(
+        SolverError, match=r"dopri5: the step size underflows after time \d"
+    ) as caught:
+        solution.last.sum().backward()
+    assert "\n" not in str(caught.value)
+
+
+def test_with_control_of_each_sample_backward_evaluations_are_those_of_the_costliest() -> None:
+    each = SolverConfig(method="dopri5", gradient="adjoint", error_control="each_sample")
+    y0, alone = initial(), []
+    for row in y0:
+        solution = solve(Field(), row[None].clone().requires_grad_(), (0.0, 1.0), each)
+        solution.last.sum().backward()
+        alone.append(solution.statistics.nfe_backward)
+    solution = solve(Field(), y0.requires_grad_(), (0.0, 1.0), each)
+    assert solution.statistics.nfe_backward == 0
+    solution.last.sum().backward()
+    assert solution.statistics.nfe_backward == max(alone) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("control", ["batch", "worst_sample", "each_sample"])
+def test_an_empty_batch_stays_empty(method: Any, control: Any) -> None:
+    if method not in ADAPTIVE_METHODS and control != "batch":
+        pytest.skip("only solvers that choose their steps control an error")
+    solution = solve(
+        Field(), initial(0), (0.0, 0.5, 1.0), SolverConfig(method=method, error_control=control)
+    )
+    assert [tuple(s.shape) for s in solution.states] == [(0, 3)] * 3
+
+
+class Pieces(nn.Module):
+    """y' = w_i y with i the quarter of [0, 1] that the time is in, each with its first moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, -1.0], dtype=torch.float64))
+
+    def forward(self, t: float, y: Tensor) -> Tensor:
+        return self.w[min(int(4 * t), 3)] * y
+
+
+@pytest.mark.parametrize("method", ["midpoint", "low_storage_rk3", "rk4"])
+def test_pieces_in_time_are_seen_from_inside_of_steps_both_ways(method: Any) -> None:
+    """In closed form y(1) = y(0) exp(sum w / 4), and each w has the gradient y(0) y(1) / 4."""
+    field, y0 = Pieces(), torch.ones(1, 1, dtype=torch.float64)
+    config = SolverConfig(method=method, steps=256, gradient="adjoint")
+    end = solve(field, y0, (0.0, 1.0), config).last
+    end.sum().backward()
+    exact = math.exp(0.25)
+    assert float(end) == pytest.approx(exact, abs=2e-4)
+    assert field.w.grad is not None
+    torch.testing.assert_close(field.w.grad, torch.full_like(field.w, exact / 4), rtol=0, atol=2e-4)
+    back = solve(field, end.detach(), (1.0, 0.0), config).last
+    assert float(back) == pytest.approx(1.0, abs=2e-4)

@@ -340,7 +340,9 @@ def _adjoint_cosine(block: ODEBlock, y: Tensor, method: Any, steps: int) -> floa
         config = SolverConfig(method=method, steps=steps, gradient=gradient)
         loss = (solve(block.field, y, block.interval, config).last * weights).sum()
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        found.append(torch.cat([g.flatten() for g in grads if g is not None]).double())
+        pairs = zip(grads, parameters, strict=True)
+        filled = [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        found.append(torch.cat([g.flatten() for g in filled]).double())
     return float(torch.nn.functional.cosine_similarity(found[0], found[1], dim=0))
 
 

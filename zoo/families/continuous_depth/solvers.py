@@ -67,8 +67,9 @@ ADAPTIVE_METHODS: tuple[str, ...] = ("dopri5", "adaptive_heun")
 """Solvers that choose their steps by `tolerance`."""
 
 _INSIDE = 1e-9
-"""Last stages are evaluated this fraction of a step before its end: a field that is piecewise
-constant in time is then seen from inside the step."""
+"""Last stages are evaluated this fraction of a step before its end, and first stages of steps
+backwards in time as far after their start: a field that is piecewise constant in time, each piece
+with its first moment and without its last, is then seen from inside the step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,8 @@ class Statistics:
             pass: none for "discrete", all again for "checkpoint", those of the adjoint's solve.
         accepted: steps taken.
         rejected: steps tried in vain.
-        nfe_per_sample: with error control of each sample, its evaluations; `nfe` is the largest.
+        nfe_per_sample: with error control of each sample, its evaluations; `nfe` and
+            `nfe_backward` are the largest.
         batch_dependent: whether results depend on the rest of the batch, see `SolverConfig`.
     """
 
@@ -153,6 +155,21 @@ class Statistics:
     rejected: int = 0
     nfe_per_sample: tuple[int, ...] = ()
     batch_dependent: bool = False
+
+    def count_backward(self, evaluations: int = 1) -> None:
+        """Add evaluations of a backward pass."""
+        self.nfe_backward += evaluations
+
+
+@dataclasses.dataclass
+class _OfOneSample(Statistics):
+    """What the solve of one sample of a batch cost."""
+
+    of_all: Statistics = dataclasses.field(default_factory=Statistics)
+
+    def count_backward(self, evaluations: int = 1) -> None:
+        super().count_backward(evaluations)
+        self.of_all.nfe_backward = max(self.of_all.nfe_backward, self.nfe_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +255,11 @@ def runge_kutta_step(tableau: Tableau, field: Field, t: float, h: float, y: Tens
 
 
 def _stage_time(t: float, h: float, c: float) -> float:
-    return t + (c - _INSIDE) * h if c == 1.0 else t + c * h
+    if c == 1.0:
+        c -= _INSIDE
+    elif c == 0.0 and h < 0:
+        c = _INSIDE
+    return t + c * h
 
 
 def _advanced(y: Tensor, h: float, weights: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
@@ -288,6 +309,8 @@ def solve(
     if parameters is None:
         parameters = tuple(field.parameters()) if isinstance(field, nn.Module) else ()
     parameters = [p for p in parameters if p.requires_grad]
+    if not initial.numel() and not solver.is_fixed:
+        return Solution((initial,) * len(times), Statistics())
     if not solver.is_fixed and _is_eager():
         # torchdiffeq would choose a first step of no length, and take the problem for stiff.
         broken = ~torch.isfinite(initial.detach()).reshape(len(initial), -1).all(1)
@@ -311,11 +334,11 @@ def _checked_times(times: Sequence[float]) -> tuple[float, ...]:
     times = tuple(float(t) for t in times)
     if len(times) < 2:
         raise ValueError(f"times must be at least two, got {len(times)}")
+    if not all(map(math.isfinite, times)):
+        raise ValueError(f"times must be finite, got {', '.join(f'{t:g}' for t in times)}")
     steps = [b - a for a, b in itertools.pairwise(times)]
     if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
-        wrong = next(
-            i + 1 for i, s in enumerate(steps) if not (s * steps[0] > 0 and math.isfinite(s))
-        )
+        wrong = next(i + 1 for i, s in enumerate(steps) if not s * steps[0] > 0)
         raise ValueError(
             f"times must be strictly increasing or strictly decreasing, but times[{wrong - 1}] = "
             f"{times[wrong - 1]:g} is followed by {times[wrong]:g}"
@@ -382,7 +405,7 @@ def _checkpointed_step(
         nonlocal calls
         calls += 1
         if calls > 1:  # again, for the backward pass
-            statistics.nfe_backward += tableau.stages
+            statistics.count_backward(tableau.stages)
         return runge_kutta_step(tableau, field, t, h, y)
 
     result: Tensor = checkpoint(step, y, use_reentrant=False)
@@ -428,7 +451,7 @@ class _Adjoint(torch.autograd.Function):
 
         def backwards(t: float, pair: Tensor) -> Tensor:
             """d/dt of (y, a); the parameters' part is added with the weight of the stage."""
-            ctx.statistics.nfe_backward += 1
+            ctx.statistics.count_backward()
             weight = next(weights)
             with torch.enable_grad():
                 y = pair[0].detach().requires_grad_()
@@ -475,7 +498,7 @@ class _Watched(nn.Module):
                 f"{self._solver.tolerance:g} too tight."
             )
         if self.is_backward:
-            statistics.nfe_backward += 1
+            statistics.count_backward()
         else:
             statistics.nfe += 1
         slope = self._field[0](float(t.detach()), y)
@@ -490,7 +513,15 @@ class _Watched(nn.Module):
         if torch.isfinite(dt):  # else a broken sample has spoilt the step of all
             self.broken = None
 
-    callback_step_adjoint = callback_step
+    def callback_step_adjoint(self, t: Tensor, y: tuple[Tensor, ...], dt: Tensor) -> None:
+        self.callback_step(t, y[0], dt)
+        # torchdiffeq is about to assert these, within the backward pass, where nobody catches it.
+        if not all(bool(torch.isfinite(part).all()) for part in y):
+            raise SolverError(
+                f"{self._solver.method}: the adjoint is not finite at time {float(t):.6g}."
+            )
+        if bool(t + dt == t) or bool(t - dt == t):
+            raise _underflow(self, self._solver, f"underflow in dt {float(dt):g}")
 
 
 class _WatchedSteps(_Watched):
@@ -523,11 +554,13 @@ def _solve_adaptive(
     times: tuple[float, ...],
     solver: SolverConfig,
     parameters: Sequence[Tensor],
+    statistics: Statistics | None = None,
 ) -> Solution:
     # Here, since most who use a fixed-step network never need it.
     import torchdiffeq
 
-    statistics = Statistics(batch_dependent=solver.is_batch_dependent)
+    if statistics is None:
+        statistics = Statistics(batch_dependent=solver.is_batch_dependent)
     watched = _Watched(field, times[0], solver, statistics)
     options: dict[str, Any] = {}
     if solver.method in ADAPTIVE_METHODS:
@@ -562,7 +595,7 @@ def _grid(steps: int, field: Field, y: Tensor, times: Tensor) -> Tensor:
     return torch.cat([times[:1], *inner])
 
 
-def _underflow(watched: _Watched, solver: SolverConfig, error: AssertionError) -> SolverError:
+def _underflow(watched: _Watched, solver: SolverConfig, error: AssertionError | str) -> SolverError:
     """What torchdiffeq's assertion on the step size means."""
     where = f"after time {watched.last_time:.6g}"
     if watched.broken is not None:
@@ -584,21 +617,18 @@ def _solve_each(
     parameters: Sequence[Tensor],
 ) -> Solution:
     """Each sample alone."""
-    parts = []
+    parts, statistics = [], Statistics()
     for index in range(len(initial)):
         try:
-            one = initial[index : index + 1]
-            parts.append(_solve_adaptive(field, one, times, solver, parameters))
+            one, own = initial[index : index + 1], _OfOneSample(of_all=statistics)
+            parts.append(_solve_adaptive(field, one, times, solver, parameters, own))
         except SolverError as error:
             raise SolverError(f"Sample {index}: {error}") from None
     states = tuple(torch.cat(column) for column in zip(*(p.states for p in parts), strict=True))
     counts = tuple(p.statistics.nfe for p in parts)
-    statistics = Statistics(
-        nfe=max(counts, default=0),
-        accepted=sum(p.statistics.accepted for p in parts),
-        rejected=sum(p.statistics.rejected for p in parts),
-        nfe_per_sample=counts,
-    )
+    statistics.nfe, statistics.nfe_per_sample = max(counts), counts
+    statistics.accepted = sum(p.statistics.accepted for p in parts)
+    statistics.rejected = sum(p.statistics.rejected for p in parts)
     return Solution(states, statistics)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -197,6 +198,7 @@ class TrajectoryRNN(nn.Module):
     ) -> Tensor:
         """As `forward`, but the recurrent units before the last layer, B x T x recurrent."""
         at = _next_times(times, self.config.spacing) if at is None else at
+        refined_times(at, self.config.spacing)
         last = float(times.max())
         if min(at) < last:
             raise ValueError(
@@ -260,12 +262,14 @@ def refined_times(times: Sequence[float], spacing: float) -> tuple[list[float], 
     """Times from 0 on that include `times` and have no gap above `spacing`; where each of them is.
 
     Raises:
-        ValueError: the times are negative or not increasing.
+        ValueError: there are none, or they are negative, not finite or not increasing.
     """
+    if not len(times):
+        raise ValueError("there must be at least one time")
     grid, wanted = [0.0], list[int]()
     for t in times:
         t = float(t)
-        if not t >= grid[-1] or (wanted and t == grid[-1]):
+        if not grid[-1] <= t < math.inf or (wanted and t == grid[-1]):
             raise ValueError(f"times must be increasing from 0 on, but {t:g} follows {grid[-1]:g}")
         start, pieces = grid[-1], max(1, -int(-(t - grid[-1]) * (1 - 1e-9) // spacing))
         if t > start:
