@@ -280,6 +280,24 @@ def test_h_a_reset_in_mid_segment_is_refused() -> None:
         state.reset(torch.tensor([True, False]))
 
 
+def test_h_a_stream_that_diverged_is_reset_too() -> None:
+    _, state = model_of("grc")(text(2, SEGMENT))
+    broken = dataclasses.replace(
+        state, layers=tuple(s.map(lambda t: torch.full_like(t, torch.nan)) for s in state.layers)
+    )
+    for layer in broken.reset(torch.tensor([True, False])).layers:
+        assert layer.memory is not None
+        assert not layer.memory[0].any()
+        assert layer.memory[1].isnan().all()
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([1, 0]), torch.tensor([True]), torch.tensor(True)])
+def test_h_only_a_boolean_for_each_stream_resets(mask: Tensor) -> None:
+    _, state = model_of("grc")(text(2, SEGMENT))
+    with pytest.raises(ValueError, match=r"the mask must be 2 booleans, got torch\.\w+ of shape"):
+        state.reset(mask)
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, None])
 @pytest.mark.parametrize("calls", [1, 5])
 def test_gradients_are_cut_every_so_many_segments(every: int | None, calls: int) -> None:

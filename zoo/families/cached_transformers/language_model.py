@@ -126,14 +126,20 @@ class LanguageModelState:
 
         Raises:
             ValueError: in mid-segment, where the rows share one position; start those streams
-                afresh with state None, or reset when `position` is 0.
+                afresh with state None, or reset when `position` is 0. Or the mask is not B
+                booleans.
         """
+        rows = len(mask) if self.streams is None else self.streams
+        if mask.dtype != torch.bool or mask.shape != (rows,):
+            raise ValueError(
+                f"the mask must be {rows} booleans, got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
         if self.position:
             raise ValueError(
                 f"streams can be reset at a segment start only, not at position {self.position}"
             )
-        keep = ~mask
-        return self._map(lambda t: t * keep.view(-1, *[1] * (t.ndim - 1)).to(t.dtype))
+        # Filled, since a product would keep the NaN of a stream that has diverged.
+        return self._map(lambda t: t.masked_fill(mask.view(-1, *[1] * (t.ndim - 1)), 0.0))
 
 
 class Block(nn.Module):
