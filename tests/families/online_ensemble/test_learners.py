@@ -248,6 +248,10 @@ BAD: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
         lambda: (torch.full((2, D), torch.inf), torch.tensor([0, 1])),
         "contain NaN or infinity",
     ),
+    "encodings of integers": (
+        lambda: (torch.ones(2, D).long(), torch.tensor([0, 1])),
+        "encodings must be floating point, got torch.int64",
+    ),
     "beyond a fixed head": (
         lambda: (torch.ones(2, D), torch.tensor([0, 3])),
         "class 3 is beyond the 3 classes of this fixed head",
@@ -319,3 +323,32 @@ def test_a_symmetric_matrix_is_stored_once() -> None:
     assert torch.equal(again.gram, again.gram.T)
     with pytest.raises(RuntimeError, match="gram"):
         RidgeClassifier(6).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_encodings_may_have_another_precision(name: str) -> None:
+    """What numpy gives is float64."""
+    z, y = samples(12)
+    learner, other = learned(name, (z, y)), learned(name, (z.double(), y))
+    torch.testing.assert_close(other(z.double()).float(), learner(z), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_label_beyond_the_memory_leaves_the_state_as_it_was(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z, y = samples(9)
+    learner = learned(name, (z, y))
+    before, last = copy.deepcopy(learner), learner.class_tensors[-1]
+    allocate = learner._new_classes
+
+    def full(what: str, extra: int) -> Tensor:
+        if what == last:
+            raise RuntimeError("not enough memory: you tried to allocate 8 bytes")
+        return allocate(what, extra)
+
+    monkeypatch.setattr(learner, "_new_classes", full)
+    with pytest.raises(ValueError, match="there is no memory for 1,001 classes"):
+        learner.learn(z[:1], torch.tensor([1000]))
+    assert same_state(before, learner)
+    assert learner(z).shape == (9, 3)

@@ -199,6 +199,10 @@ class GatedEnsemble(OnlineLearner):
                 values *= self.dim**-0.5
         return new
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return self.weight.dtype
+
     # ----------------------------------------------------------------- forward
 
     def cosines(self, encodings: Tensor) -> Tensor:
@@ -215,7 +219,7 @@ class GatedEnsemble(OnlineLearner):
     def _memberships(self, cosines: Tensor) -> Tensor:
         config = self.config
         temperature = config.gate.temperature
-        if config.batch_scaled:
+        if config.batch_scaled and len(cosines):
             distance = 1 - cosines.detach()
             temperature *= float(torch.maximum(distance**2, (distance - 1) ** 2).max())
         a = gate(cosines, config.gate, temperature)

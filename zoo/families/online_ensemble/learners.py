@@ -87,17 +87,23 @@ class OnlineLearner(nn.Module):
         """Which of the classes have appeared, C booleans."""
         return self.counts > 0
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """What encodings are cast to; None: they are used as they come."""
+        return None
+
     def learn(self, encodings: Tensor, labels: Tensor) -> None:
         """Learn one batch of the stream, in place. Bad input leaves the state as it was.
 
         Args:
-            encodings: B x d, finite.
+            encodings: B x d, floating point and finite.
             labels: B integers, 0 or larger; new ones at any time.
 
         Raises:
-            ValueError: the batch is empty or malformed, or a class is beyond a fixed head.
+            ValueError: the batch is empty or malformed, or a class is beyond a fixed head or the
+                memory.
         """
-        self._check(encodings)
+        encodings = self._checked(encodings)
         if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
             raise ValueError(f"labels must be integers, got {labels.dtype}")
         if labels.shape != encodings.shape[:1]:
@@ -125,7 +131,7 @@ class OnlineLearner(nn.Module):
         Raises:
             ValueError: the encodings are malformed, or nothing has been learned yet.
         """
-        self._check(encodings)
+        encodings = self._checked(encodings)
         if not bool(self.seen.any()):
             raise ValueError("nothing has been learned yet, so there is no class to predict")
         return self.unchecked(encodings)
@@ -135,11 +141,25 @@ class OnlineLearner(nn.Module):
         return self._scores(encodings).masked_fill(~self.seen, -torch.inf)
 
     def grow(self, num_classes: int) -> None:
-        """Make room for more classes; those there are stay as they are."""
+        """Make room for more classes; those there are stay as they are.
+
+        Raises:
+            ValueError: there is no memory for so many.
+        """
         extra = num_classes - self.num_classes
-        for name in self.class_tensors if extra > 0 else ():
-            old = getattr(self, name)
-            self._replace(name, torch.cat((old.detach(), self._new_classes(name, extra).to(old))))
+        if extra <= 0:
+            return
+        grown = {}
+        try:
+            for name in self.class_tensors:
+                old = getattr(self, name)
+                grown[name] = torch.cat((old.detach(), self._new_classes(name, extra).to(old)))
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"there is no memory for {num_classes:,} classes; labels are numbers from 0"
+            ) from error
+        for name, value in grown.items():  # all or none, since their lengths must agree
+            self._replace(name, value)
 
     def _replace(self, name: str, value: Tensor) -> None:
         # A new parameter, since autograd remembers the shape of the old one.
@@ -150,13 +170,16 @@ class OnlineLearner(nn.Module):
         """Initial value of a class tensor for classes C to C + extra; zero."""
         return torch.zeros(extra, *getattr(self, name).shape[1:])
 
-    def _check(self, encodings: Tensor) -> None:
+    def _checked(self, encodings: Tensor) -> Tensor:
+        if not encodings.is_floating_point():
+            raise ValueError(f"encodings must be floating point, got {encodings.dtype}")
         if encodings.ndim != 2 or encodings.shape[1] != self.dim:
             raise ValueError(
                 f"expected encodings of shape B x {self.dim}, got {tuple(encodings.shape)}"
             )
         if not bool(encodings.isfinite().all()):
             raise ValueError("the encodings contain NaN or infinity")
+        return encodings if self.input_dtype is None else encodings.to(self.input_dtype)
 
     def _learn(self, encodings: Tensor, labels: Tensor) -> None:
         raise NotImplementedError
@@ -341,6 +364,10 @@ class RidgeClassifier(MomentLearner):
         rows = normal_rows(projection, dim, seed) / math.sqrt(dim)
         self.register_buffer("projection", rows)
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return self.projection.dtype if len(self.projection) else None
+
     def _features(self, encodings: Tensor) -> Tensor:
         if not len(self.projection):
             return encodings
@@ -398,6 +425,10 @@ class SoftmaxClassifier(OnlineLearner):
         self.lr = lr
         self.weight = nn.Parameter(torch.zeros(num_classes, dim))
         self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return self.weight.dtype
 
     def _learn(self, encodings: Tensor, labels: Tensor) -> None:
         present = self.seen.index_fill(0, labels, True)

@@ -98,6 +98,10 @@ class RidgeEnsemble(MomentLearner):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("width", torch.ones(()))
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return self.projections.dtype
+
     def memberships(self, encodings: Tensor) -> Tensor:
         """How far each classifier is selected, B x N."""
         return self._memberships(encodings - self.centre)
