@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,8 @@ def test_saved_alone_and_loaded(tmp_path: Path) -> None:
     [
         (lambda t: t.pop("head.lora_b"), "tensor 'head.lora_b' does not fit this network"),
         (lambda t: t.pop("head.lora_a"), "tensor 'head.lora_"),
+        (lambda t: t.update({"head.lora_a": torch.ones(0, 32)}), "tensor 'head.lora_a' does not"),
+        (lambda t: t.update({"head.lora_a": torch.tensor(1.0)}), "tensor 'head.lora_a' does not"),
         (lambda t: t.update(x=torch.ones(1)), "tensor 'x' does not fit this network"),
         (lambda t: t.update({"head.lora_a": torch.ones(2, 5)}), "tensor 'head.lora_a' does not"),
         (lambda t: t.update({"head.lora_b": torch.ones(3, 1)}), "tensor 'head.lora_b' does not"),
@@ -347,7 +350,7 @@ def test_a_file_that_does_not_fit(change: Any, message: str, tmp_path: Path) -> 
     save_lora(network, path)
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path, {"lora": json.dumps({"head": 1.0})})
+    save_file(tensors, path, {"lora": json.dumps({"variant": "lora", "scales": {"head": 1.0}})})
     fresh = TinyNet(TinyNetConfig())
     with pytest.raises(CheckpointError) as caught:
         load_lora(fresh, path)
@@ -362,6 +365,23 @@ def test_a_file_for_another_network(tmp_path: Path) -> None:
     save_lora(network, tmp_path / "adapter.safetensors")
     with pytest.raises(CheckpointError, match=r"an adapter for 'head', which is no layer of this"):
         load_lora(nn.Sequential(nn.Linear(2, 2)), tmp_path / "adapter.safetensors")
+
+
+def test_the_variant_is_stored(tmp_path: Path) -> None:
+    network, path = TinyNet(TinyNetConfig()), tmp_path / "adapter.safetensors"
+    add_lora(network, rank=2, variant="lora-fa")
+    save_lora(network, path)
+    again = TinyNet(TinyNetConfig())
+    load_lora(again, path)
+    assert lora_layers(again)
+    for layer in lora_layers(again).values():
+        assert (layer.lora_a.requires_grad, layer.lora_b.requires_grad) == (False, True)
+    tensors = load_file(path)
+    for variant, scale in (("lora", math.inf), ("x", 1.0)):
+        words = {"variant": variant, "scales": {"head": scale}}
+        save_file(tensors, path, {"lora": json.dumps(words)})
+        with pytest.raises(CheckpointError, match="is no file of adapters"):
+            load_lora(TinyNet(TinyNetConfig()), path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"PK\x03\x04", None])
@@ -407,10 +427,13 @@ class _Tied(nn.Module):
          "'norm' has no linear layers and 1x1 convolutions, which adapters are for. There are: "
          "head."),
         (nn.Sequential(nn.ReLU()), {}, "Sequential has no linear layers and 1x1 convolutions"),
-        (TinyNet(TinyNetConfig()), {"rank": 0}, "rank must be at least 1, got 0"),
+        (TinyNet(TinyNetConfig()), {"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        (TinyNet(TinyNetConfig()), {"rank": 2.5}, "rank must be an integer of at least 1, got 2.5"),
         (TinyNet(TinyNetConfig()), {"rank": 4},
          "rank 4 is above the smaller side of head, which is 32 to 3"),
-        (TinyNet(TinyNetConfig()), {"alpha": 0.0}, "alpha must be positive, got 0.0"),
+        (TinyNet(TinyNetConfig()), {"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),
+        (TinyNet(TinyNetConfig()), {"alpha": math.inf},
+         "alpha must be positive and finite, got inf"),
         (TinyNet(TinyNetConfig()), {"variant": "dora"},
          "adapters must be one of lora, lora-fa, got dora"),
         (_Tied(), {"rank": 1}, "The weight of out is also that of another layer"),

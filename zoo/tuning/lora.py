@@ -11,6 +11,7 @@ Shape notation: in and out: features or channels of a layer, r: rank; B x T toke
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -50,6 +51,7 @@ class _Adapted:
     lora_b: nn.Parameter
     """out x r, likewise."""
     lora_scale: float
+    lora_variant: Variant
     unmerged: Tensor | None
     """The weight as it was before the adapter was merged into it."""
 
@@ -141,10 +143,10 @@ def add_lora(
     """
     if variant not in get_args(Variant):
         raise ConfigError(f"adapters must be one of {', '.join(get_args(Variant))}, got {variant}")
-    if rank < 1:
-        raise ConfigError(f"rank must be at least 1, got {rank}")
-    if alpha is not None and not alpha > 0:
-        raise ConfigError(f"alpha must be positive, got {alpha}")
+    if not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"rank must be an integer of at least 1, got {rank}")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ConfigError(f"alpha must be positive and finite, got {alpha}")
     if lora_layers(network):
         raise ConfigError("The network has adapters already; merge or remove them first.")
     names = _targets(network, target)
@@ -216,7 +218,7 @@ def _adapt(
     b = weight.new_zeros(weight.shape[0], rank, *rest)
     module.register_parameter("lora_b", nn.Parameter(b))
     adapted: Any = module
-    adapted.lora_scale, adapted.unmerged = alpha / rank, None
+    adapted.lora_scale, adapted.lora_variant, adapted.unmerged = alpha / rank, variant, None
     adapted.__class__ = _CLASSES[type(module)]
 
 
@@ -248,7 +250,7 @@ def unmerge_lora(network: nn.Module) -> None:
 def remove_lora(network: nn.Module) -> None:
     """Make adapted layers plain ones; what is merged stays in their weights."""
     for layer in lora_layers(network).values():
-        del layer.lora_a, layer.lora_b, layer.lora_scale, layer.unmerged
+        del layer.lora_a, layer.lora_b, layer.lora_scale, layer.lora_variant, layer.unmerged
         layer.__class__ = _PLAIN[type(layer)]
 
 
@@ -277,7 +279,9 @@ def save_lora(
     wanted = [f"{name}.{part}" for name in layers for part in ("lora_a", "lora_b")]
     tensors = {name: state[name].cpu().contiguous() for name in (*wanted, *beside)}
     scales = {name: layer.lora_scale for name, layer in layers.items()}
-    write_bytes(Path(path), save(tensors, {"lora": json.dumps(scales)}))
+    # One entry, since the order of several in the file is random.
+    words = {"variant": next(iter(layers.values())).lora_variant, "scales": scales}
+    write_bytes(Path(path), save(tensors, {"lora": json.dumps(words)}))
 
 
 def load_lora(network: nn.Module, path: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -299,8 +303,11 @@ def load_lora(network: nn.Module, path: str | os.PathLike[str]) -> tuple[str, ..
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            scales = json.loads((file.metadata() or {})["lora"])
-        scales = {str(name): float(scale) for name, scale in scales.items()}
+            words = json.loads((file.metadata() or {})["lora"])
+        scales = {str(name): float(scale) for name, scale in words["scales"].items()}
+        variant = words["variant"]
+        if variant not in get_args(Variant) or not all(map(math.isfinite, scales.values())):
+            raise ValueError(f"variant {variant}, scales {scales}")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no file of adapters: {str(error)[:200]}.") from None
     if lora_layers(network):
@@ -315,7 +322,10 @@ def load_lora(network: nn.Module, path: str | os.PathLike[str]) -> tuple[str, ..
                 f"{nearest(name, layers)}"
             )
         out, into, *rest = own[f"{name}.weight"].shape
-        rank = tensors[f"{name}.lora_a"].shape[0] if f"{name}.lora_a" in tensors else 0
+        a = tensors.get(f"{name}.lora_a")
+        if a is None or a.ndim < 2 or not len(a):
+            raise CheckpointError(f"{path}: tensor '{name}.lora_a' does not fit this network.")
+        rank = len(a)
         expected[f"{name}.lora_a"] = torch.Size((rank, into, *rest))
         expected[f"{name}.lora_b"] = torch.Size((out, rank, *rest))
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -325,6 +335,6 @@ def load_lora(network: nn.Module, path: str | os.PathLike[str]) -> tuple[str, ..
     freeze(network, "*")
     for name, scale in scales.items():
         rank = found[f"{name}.lora_a"][0]
-        _adapt(modules[name], rank, scale * rank, "lora", torch.Generator())
+        _adapt(modules[name], rank, scale * rank, variant, torch.Generator())
     network.load_state_dict(tensors, strict=False)
     return tuple(scales)
