@@ -439,3 +439,11 @@ def test_what_is_optimal_stays_as_it_is() -> None:
     report = save_memory(network)
     assert report.converted == {}
     assert str(report) == "0 modules save memory (none)"
+
+
+def test_measuring_leaves_no_trace_where_the_pass_fails() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(4, 2))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError):
+        graph_bytes(network, torch.randn(5, 3) + 4)
+    assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())

@@ -1023,15 +1023,17 @@ def graph_bytes(model: nn.Module, batch: Any) -> int:
     before = [buffer.clone() for buffer in buffers]
     devices = {buffer.device for buffer in buffers} | {p.device for p in model.parameters()}
     cards = [device for device in devices if device.type == "cuda"]
-    with (
-        torch.random.fork_rng(devices=cards),
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        model(*positional, **named)
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    try:
+        with (
+            torch.random.fork_rng(devices=cards),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            model(*positional, **named)
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
     return sum(kept.values())
 
 

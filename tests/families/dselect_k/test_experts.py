@@ -174,6 +174,9 @@ def test_convolutional_experts_are_plain_convolutions(channels: tuple[int, ...])
     torch.testing.assert_close(
         mix(bank, images, weights, "sparse"), mix(bank, images, weights, "dense")
     )
+    last = images.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(bank(last), bank(images))
+    assert bank(images[:0]).shape == (0, 3, 5)
 
 
 @pytest.mark.parametrize("bank_of", ["mlp", "conv"])

@@ -423,6 +423,10 @@ def test_every_gate_reports_every_task(kind: Any, per_example: bool, n: int) -> 
     x = examples(7).float()
     reports = gate.report(x)
     assert gate.training, "a report leaves the mode as it was"
+    if per_example:
+        with pytest.raises(ValueError, match="got none"):
+            gate.report()
+        assert gate.training, "also where it fails"
     assert len(reports) == 3
     for report in reports:
         assert len(report.usage) == n

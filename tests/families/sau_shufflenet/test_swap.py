@@ -63,6 +63,11 @@ def test_device_and_dtype_follow() -> None:
     model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.ReLU())
     swap_activation(model, "sau-2-trained")
     assert {p.device.type for p in model.parameters()} == {"meta"}
+    for name in ("prelu", "sau-2-trained"):
+        half = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).bfloat16()
+        swap_activation(half, name)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        assert half(torch.ones(1, 2, dtype=torch.bfloat16)).isfinite().all()
 
 
 class Functional(nn.Module):

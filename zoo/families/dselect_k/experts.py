@@ -196,7 +196,7 @@ class ConvExperts(ExpertBank):
             assert isinstance(layer, BatchedLinear)
             weight, bias = layer.weight.flatten(0, 1), layer.bias.flatten()
             x = self._convolve(x, weight, bias, groups=1 if index == 0 else self.num_experts)
-        return self._dense(x.view(x.shape[0], self.num_experts, -1))
+        return self._dense(torch.unflatten(x, 1, (self.num_experts, -1)).flatten(2))
 
     def _dense(self, x: Tensor) -> Tensor:
         features: Tensor = self.dense(x)

@@ -167,9 +167,11 @@ class Gate(nn.Module):
         """
         was_training = self.training
         self.eval()
-        soft, hard = self(x).weights, self(x, hard=True).weights
-        saturation = self.saturation(x)
-        self.train(was_training)
+        try:
+            soft, hard = self(x).weights, self(x, hard=True).weights
+            saturation = self.saturation(x)
+        finally:
+            self.train(was_training)
         return tuple(
             GateReport(
                 active=float((soft[:, t] > ACTIVE_TOLERANCE).sum(-1).double().mean()),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -49,6 +50,13 @@ class MultiTaskOutput(NamedTuple):
 
 
 Net = TypeVar("Net", bound="MultiTaskNet")
+
+
+def _check_tasks(tasks: Sequence[Task]) -> None:
+    if not tasks:
+        raise ValueError("tasks is empty; choose from 'watch' and 'rate'")
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks has one of them twice: {list(tasks)}")
 
 
 def _check_positive(config: object, *fields: str) -> None:
@@ -181,10 +189,7 @@ class RecommenderConfig:
         _check_positive(
             self, "num_users", "num_items", "embedding_dim", "expert_widths", "tower_widths"
         )
-        if not self.tasks:
-            raise ValueError("tasks is empty; choose from 'watch' and 'rate'")
-        if len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks has one of them twice: {list(self.tasks)}")
+        _check_tasks(self.tasks)
         if not self.expert_widths:
             raise ValueError("expert_widths is empty; an expert needs at least one layer")
         if min(self.user_features, self.item_features) < 0:
@@ -320,8 +325,7 @@ class MatrixFactorisationConfig:
         _check_positive(self, "num_users", "num_items")
         if self.embedding_dim < 0:
             raise ValueError(f"embedding_dim must not be negative, got {self.embedding_dim}")
-        if not self.tasks:
-            raise ValueError("tasks is empty; choose from 'watch' and 'rate'")
+        _check_tasks(self.tasks)
 
 
 class MatrixFactorisation(nn.Module):

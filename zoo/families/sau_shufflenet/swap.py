@@ -101,7 +101,7 @@ def swap_activation(
     """
     make = activation if callable(activation) else lambda: make_activation(activation)
     wanted = frozenset(kinds)
-    device = next((p.device for p in model.parameters()), None)
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
     made: dict[nn.Module, nn.Module] = {}
     replaced: dict[str, str] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -110,8 +110,8 @@ def swap_activation(
             continue
         if module not in made:
             made[module] = make().train(module.training)
-            if device is not None:
-                made[module].to(device)
+            if first is not None:
+                made[module].to(first.device, first.dtype)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, made[module])
         replaced[path] = kind
