@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -117,6 +118,23 @@ class ZooModule(pl.LightningModule):
     def published_network(self) -> nn.Module:
         """The network that is measured, used and published: an average of weights, perhaps."""
         return self.network
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode for a while; then each module is in the mode that it was in.
+
+        A model that is in the middle of a training, or fresh from one, is used and measured like
+        any other, and batch normalisation keeps its statistics.
+        """
+        # Each by itself: frozen parts may be in eval mode within a network that is trained.
+        trained = [module for module in self.modules() if module.training]
+        if trained:
+            self.eval()
+        try:
+            yield
+        finally:
+            for module in trained:
+                module.training = True
 
     @classmethod
     def swap_head(cls, preprocessing: Any, num_classes: int) -> Any:

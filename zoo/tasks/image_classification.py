@@ -329,7 +329,8 @@ class ImageClassifier(ZooModule):
     def _classify(self, images: Tensor) -> Tensor:
         """Logits of normalised images, on the CPU."""
         dtype = next(self.published_network.parameters()).dtype
-        logits: Tensor = self.published_network(self._placed(images.to(self.device, dtype)))
+        with self.evaluating():
+            logits: Tensor = self.published_network(self._placed(images.to(self.device, dtype)))
         return logits.float().cpu()
 
     def _known_preprocessing(self) -> ImagePreprocessing:

@@ -285,7 +285,8 @@ class LanguageModel(ZooModule):
         sums, counts = [], []
         if protocol == "blocks":
             for batch in track(datamodule.blocks(), "blocks"):
-                losses = self._losses(batch.tokens.to(self.device), None)[0]
+                with self.evaluating():
+                    losses = self._losses(batch.tokens.to(self.device), None)[0]
                 sums.append(losses.double().sum(1).cpu())
                 counts.append(torch.full((len(losses),), losses.shape[1]))
             expected = len(datamodule.validation_text) - 1
@@ -313,7 +314,8 @@ class LanguageModel(ZooModule):
         segment = self.config.segment
         tokens = torch.cat((torch.tensor([START]), text)).to(self.device)
         for start in range(0, len(text), segment):
-            losses, state = self._losses(tokens[None, start : start + segment + 1], state)
+            with self.evaluating():  # not around the loop, in the middle of which others run
+                losses, state = self._losses(tokens[None, start : start + segment + 1], state)
             yield losses[0]
 
     # ------------------------------------------------------------------- usage

@@ -207,7 +207,8 @@ class OnlineClassifier(ZooModule):
         encoder = self.network.config.encoder
         assert isinstance(encoder, EncoderConfig)
         parts = torch.split(images.to(self.device, self._precision), encoder.batch_size)
-        return torch.cat([self.network.forward_features(part) for part in parts])
+        with self.evaluating():
+            return torch.cat([self.network.forward_features(part) for part in parts])
 
     @property
     def _precision(self) -> torch.dtype:
@@ -215,7 +216,8 @@ class OnlineClassifier(ZooModule):
 
     def _scores(self, encodings: Tensor) -> Tensor:
         try:
-            return self.network.forward_head(encodings)
+            with self.evaluating():
+                return self.network.forward_head(encodings)
         except ValueError as error:
             raise DataError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
 

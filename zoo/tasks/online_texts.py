@@ -152,7 +152,8 @@ class OnlineTextClassifier(OnlineClassifier):
         return torch.cat(encoded)[torch.tensor(order, device=self.device).argsort()]
 
     def _encode(self, tokens: Tensor) -> Tensor:
-        return self.network.forward_features(tokens.to(self.device))
+        with self.evaluating():
+            return self.network.forward_features(tokens.to(self.device))
 
     # ----------------------------------------------------------------- training
 

@@ -391,7 +391,8 @@ class Recommender(MixtureModule):
 
     def _outputs(self, users: Tensor, items: Tensor) -> Tensor:
         """Outputs B x T of the network, on the CPU."""
-        outputs: Tensor = self.network(users.to(self.device), items.to(self.device)).outputs
+        with self.evaluating():
+            outputs: Tensor = self.network(users.to(self.device), items.to(self.device)).outputs
         return outputs.float().cpu()
 
     def _score(self, outputs: Tensor) -> Tensor:
@@ -667,7 +668,8 @@ class Recommender(MixtureModule):
             raise ConfigError(f"k must be at least 1, got {k}")
         index = self._item(item)
         every = torch.arange(len(self.catalogue.items), device=self.device)
-        vectors = F.normalize(self.network.item_vectors(every).float(), dim=1)
+        with self.evaluating():
+            vectors = F.normalize(self.network.item_vectors(every).float(), dim=1)
         cosines = (vectors @ vectors[index]).cpu()
         cosines[index] = -math.inf
         best = cosines.topk(min(k, len(cosines) - 1))
@@ -690,7 +692,8 @@ class Recommender(MixtureModule):
             raise ZooError("This model has no experts to explain by.")
         pair = self._user(user), self._item(item)
         users, items = (torch.tensor([index], device=self.device) for index in pair)
-        output = self.network(users, items)
+        with self.evaluating():
+            output = self.network(users, items)
         values = self._readable(output.outputs[0].float().cpu())
         tasks = []
         for task, weights in zip(self.task_names, output.routing.weights[0], strict=True):

@@ -135,7 +135,8 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
         for start in track(starts, "spirals", len(starts)):
             rows = slice(start, start + _BATCH)
             times, values = spirals.times[rows].to(self.device), spirals.values[rows]
-            predicted = self.network(times, values.to(self.device), at).cpu()
+            with self.evaluating():
+                predicted = self.network(times, values.to(self.device), at).cpu()
             gap = (predicted - spirals.truth[rows, WINDOW:]).double()
             errors.append(gap.square().mean((1, 2)).sqrt())
         sums = torch.cat(errors)
@@ -153,7 +154,8 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
     def block_states(self, datamodule: SpiralDataModule) -> list[tuple[ODEBlock, Tensor]]:  # type: ignore[override]
         assert isinstance(self.network, LatentODE)
         spirals = datamodule.test
-        z0, _ = self.network.encode(spirals.times[:_DIAGNOSED], spirals.values[:_DIAGNOSED])
+        with self.evaluating():
+            z0, _ = self.network.encode(spirals.times[:_DIAGNOSED], spirals.values[:_DIAGNOSED])
         solver = dataclasses.replace(self.network.flow.solver, steps=WINDOW, gradient="discrete")
         return [(ODEBlock(self.network.flow.field, solver, (0.0, 2 * WINDOW * SPACING)), z0)]
 
@@ -225,13 +227,14 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             at = tuple(float(moments[-1]) + (i + 1) * self.config.spacing for i in range(HORIZON))
         network = self.network
         try:
-            mean = network(moments[None], points[None], at)[0].cpu()
-            drawn = mean[None][:0]
-            if draws:
-                assert isinstance(network, LatentODE)
-                centre, log_std = network.encode(moments[None], points[None])
-                noise = torch.randn(draws, centre.shape[1], generator=generator).to(centre)
-                drawn = network.decode(centre + noise * log_std.exp(), at).cpu()
+            with self.evaluating():
+                mean = network(moments[None], points[None], at)[0].cpu()
+                drawn = mean[None][:0]
+                if draws:
+                    assert isinstance(network, LatentODE)
+                    centre, log_std = network.encode(moments[None], points[None])
+                    noise = torch.randn(draws, centre.shape[1], generator=generator).to(centre)
+                    drawn = network.decode(centre + noise * log_std.exp(), at).cpu()
         except ValueError as error:
             raise ZooError(f"{error}.") from None
         return Extrapolation(times=at, mean=mean, draws=drawn)
