@@ -147,6 +147,7 @@ BAD: dict[str, tuple[Callable[[], tuple[Any, Any]], str]] = {
     "out of range": (lambda: (ONE + 2, [0]), "go from 0 to 1"),
     "empty tensor": (lambda: (ONE[:0], []), "batch is empty"),
     "empty list": (lambda: ([], []), "batch is empty"),
+    "empty tensor in a list": (lambda: ([ONE[:0]], []), r"no images in a batch of shape \(0, 1,"),
     "no picture": (lambda: ("nowhere.png", [0]), "No picture at nowhere.png"),
 }
 
@@ -180,6 +181,8 @@ def test_other_mistakes_are_one_line() -> None:
         module().predict(ONE)
     with pytest.raises(ConfigError, match="top_k must be at least 1, got 0"):
         module().predict(ONE, top_k=0)
+    with pytest.raises(ConfigError, match=r"top_k must be a whole number, got 2\.5"):
+        module().predict(ONE, top_k=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k must not exceed the 4 classifiers, got 5"):
         RidgeEnsembleConfig(classifiers=4, gate=GateConfig(k=5))
     with pytest.raises(ValueError, match="needs num_classes"):

@@ -28,7 +28,7 @@ from zoo.families.online_ensemble import (
 from zoo.families.online_ensemble.learners import MomentLearner
 from zoo.files import WEIGHTS_FILE, format_json
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs
 from zoo.tasks.image_classification import FromPixels, ImagePrediction, images_of
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -149,11 +149,10 @@ class OnlineClassifier(ZooModule):
             top_k: number of classes to name, at most all that were seen.
 
         Raises:
-            ConfigError: `top_k` is not positive.
+            ConfigError: `top_k` is no positive whole number.
             DataError: an image is no such thing, or nothing has been learned yet.
         """
-        if top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, got {top_k}")
+        top_k = check_count("top_k", top_k)
         names = self._known_preprocessing().classes
         k = min(top_k, int(self.network.learner.seen.sum()))
         predictions = []

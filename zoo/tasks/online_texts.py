@@ -123,7 +123,7 @@ class OnlineTextClassifier(OnlineClassifier):
             top_k: number of classes to name, at most all that were seen.
 
         Raises:
-            ConfigError: `top_k` is not positive, or there is no vocabulary yet.
+            ConfigError: `top_k` is no positive whole number, or there is no vocabulary yet.
             DataError: a text is no string or empty, or nothing has been learned yet.
         """
         return super().predict(texts, top_k=top_k)
