@@ -22,6 +22,7 @@ from zoo.families.dselect_k import DSelectK
 from zoo.files import FileRecord
 from zoo.registry import ARCHITECTURES, architecture, architecture_of
 from zoo.tasks.base import count_macs
+from zoo.tasks.trajectories import Extrapolation
 
 WEIGHTS = list(cards.load_cards())
 REGISTERED = [name for name, entry in ARCHITECTURES.items() if entry.module.startswith("zoo.")]
@@ -119,6 +120,32 @@ def test_an_architecture_computes_what_it_documents(name: str) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_an_architecture_has_a_gradient_on_every_parameter(name: str) -> None:
     assert_gradients(shrunk(name))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_an_architecture_is_used_in_eval_mode_whatever_mode_it_is_in(name: str) -> None:
+    module = shrunk(name)
+    given = example(module).predict
+    expected = module.predict(given)
+    kept = copy.deepcopy(module.state_dict())
+    module.train()
+    frozen = list(module.network.modules())[-1].eval()
+    modes = [part.training for part in module.modules()]
+    assert_alike(module.predict(given), expected)
+    assert [part.training for part in module.modules()] == modes
+    assert not frozen.training
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, kept[key]), f"{key} changed"
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, list) and isinstance(expected[0], Extrapolation):
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.mean, other.mean)
+    else:
+        assert found == expected
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -445,6 +445,62 @@ def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
+def values_of_16_bits() -> np.ndarray:
+    return np.array([[0, 128, 129, 257], [1000, 32768, 65406, 65535]], dtype=np.uint16)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_pictures_of_16_bits_are_scaled(tmp_path: Path, name: str, channels: int) -> None:
+    values = values_of_16_bits()
+    if name == "a.pgm":
+        (tmp_path / name).write_bytes(b"P5 4 2 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(tmp_path / name)
+    expected = np.rint(values / 65535 * 255)
+    found = read_image(tmp_path / name, channels).numpy()
+    assert found.shape == (channels, 2, 4)
+    assert all(np.array_equal(plane, expected) for plane in found)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pictures_of_32_bits_are_refused(tmp_path: Path, kind: type[np.generic]) -> None:
+    picture = Image.fromarray(np.full((4, 4), 3, dtype=kind))
+    for name in ("x/a.tif", "y/a.tif"):
+        (tmp_path / name).parent.mkdir()
+        picture.save(tmp_path / name)
+    with pytest.raises(DataError, match=r"x.a\.tif has 32-bit values; save it with 8 bits\.$"):
+        read_image(tmp_path / "x" / "a.tif")
+    with pytest.raises(DataError, match=r"2 of 2 .* Some have 32-bit values; save them with 8"):
+        read_image_folder(tmp_path, (4, 4))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_the_right_way_up(tmp_path: Path, orientation: int) -> None:
+    pixels = pixels_of(1, (5, 7))[0]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    # The standard's list of what the 0th row and the 0th column are.
+    upright = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, -1),
+        7: np.rot90(pixels, 2).transpose(1, 0, 2),
+        8: np.rot90(pixels),
+    }[orientation]
+    assert np.array_equal(read_image(tmp_path / "a.png").numpy().transpose(1, 2, 0), upright)
+
+
+def test_a_damaged_note_on_orientation_leaves_the_picture(tmp_path: Path) -> None:
+    pixels = pixels_of(1, (5, 7))[0]
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=b"Exif\0\0no such thing")
+    assert np.array_equal(read_image(tmp_path / "a.png").numpy().transpose(1, 2, 0), pixels)
+
+
 def test_a_folder_of_classes(tmp_path: Path) -> None:
     pixels, labels = make_images(9)
     split, classes = read_image_folder(write_folder(tmp_path, 9), SIZE)
@@ -516,6 +572,44 @@ def test_a_folder_with_train_and_test(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"Only one of train and test in .* the classes: left, links"
     ):
+        ImageDataModule(path=str(tmp_path), size=SIZE).setup()
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_folder_of_validation_is_the_test_part(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path / "train", 12)
+    write_folder(tmp_path / name, 6, seed=1)
+    data = ImageDataModule(path=str(tmp_path), size=SIZE)
+    assert (len(data.train_labels), len(data.test_labels)) == (12, 6)
+    assert data.preprocessing.classes == CLASSES
+    write_folder(tmp_path / "test", 9, seed=2)
+    assert len(ImageDataModule(path=str(tmp_path), size=SIZE).test_labels) == 9
+
+
+@pytest.mark.parametrize(("name", "other"), [("train", "test"), ("test", "train")])
+def test_a_part_without_the_other_is_refused(tmp_path: Path, name: str, other: str) -> None:
+    write_folder(tmp_path / name, 12)
+    for extra in ("unlabelled", "more"):
+        with pytest.raises(DataError, match=f"has '{name}' but no '{other}'; add") as caught:
+            ImageDataModule(path=str(tmp_path), size=SIZE).setup()
+        assert "\n" not in str(caught.value)
+        (tmp_path / extra).mkdir()
+
+
+@pytest.mark.parametrize("names", [("airplane", "car", "train"), ("exam", "test"), ("rest", "val")])
+def test_a_class_may_be_called_train(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        for index, image in enumerate(pixels_of(3, SIZE, number)):
+            Image.fromarray(image).save(tmp_path / name / f"{index}.png")
+    assert ImageDataModule(path=str(tmp_path), size=SIZE).preprocessing.classes == names
+
+
+def test_parts_without_classes_are_no_classes(tmp_path: Path) -> None:
+    for number, name in enumerate(("train", "val")):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels_of(1, SIZE, number)[0]).save(tmp_path / name / "a.png")
+    with pytest.raises(DataError, match="train has no folders; it needs one folder of pictures"):
         ImageDataModule(path=str(tmp_path), size=SIZE).setup()
 
 
@@ -788,6 +882,7 @@ def test_normalisation() -> None:
     ("options", "message"),
     [
         ({"size": (0, 3)}, "size must be a height and a width in pixels"),
+        ({"channels": 4}, "channels must be 1 or 3, got 4"),
         ({"test_fraction": 1.0}, r"test_fraction must be in \(0, 1\)"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"holdout": -1}, "holdout must not be negative"),

@@ -355,6 +355,14 @@ def test_the_split_depends_on_its_own_seed_alone(tmp_path: Path) -> None:
         ("user,item,rating\na,1,5\nb,1,4\na,1,3\n", "line 4: user 'a' rated item '1' on line 2"),
         ("user,item,rating\na,,5\n", "line 2: expected a user, an item and a rating"),
         ("user,item,rating\na,1\n", "line 2: rating '' is no number"),
+        ("user,item,rating\na,1,5\nb,2,4,5\n", "line 3: more fields than the header; quote what"),
+        ('user,item,rating\na,1,5\nb,"2,4\nc,3,4\n', "row from line 3 on: unexpected end of data"),
+        ("user,item,rating\n\n\na,1,9\n", "line 4: rating 9 is not between"),
+        ('user,item,rating,x\na,1,5,"two\nlines"\nb,1,9,y\n', "line 4: rating 9 is not between"),
+        (
+            f"user,item,rating\na,1,5\n{'b' * 200_000},1,5\n",
+            "row from line 3 on: field larger than",
+        ),
     ],
 )
 def test_a_bad_file_has_one_clear_line(text: str, message: str, tmp_path: Path) -> None:
@@ -363,6 +371,46 @@ def test_a_bad_file_has_one_clear_line(text: str, message: str, tmp_path: Path) 
     with pytest.raises(DataError, match=message) as caught:
         RatingsDataModule(path=str(path)).setup()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("time", ["inf", "nan", "-inf", "1e400", str(2**63), "noon", ""])
+def test_a_time_that_is_no_number_has_one_clear_line(time: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(f"user,item,rating,time\na,1,5,3\na,2,5,{time}\n")
+    with pytest.raises(DataError, match=f"line 3: time '{time}' is no number") as caught:
+        read_ratings_csv(path, time_column="time")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (["30", "-1", "30"], [30, -1, 30]),
+        (["3e1", "20.0", str(2**63 - 1)], [30, 20, 2**63 - 1]),
+        (["0.75", "0.5", "0.25", "0.5", "2"], [2, 1, 0, 1, 3]),
+        (["1e300", str(2**62), "-0.5"], [2, 1, 0]),
+    ],
+)
+def test_times_with_fractions_keep_their_order(
+    times: list[str], expected: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.csv"
+    lines = [f"a,{item},5,{time}" for item, time in enumerate(times)]
+    path.write_text("\n".join(["user,item,rating,time", *lines]))
+    assert read_ratings_csv(path, time_column="time").times.tolist() == expected
+
+
+def test_a_title_that_is_missing_in_some_rows_is_taken_from_others(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("user,item,rating,title\na,1,5,One\nb,1,4\na,2,3,\nb,2,2,Two\na,3,1\n")
+    assert read_ratings_csv(path, title_column="title").titles == ("One", "Two", "3")
+
+
+def test_ids_that_are_one_number_have_an_order(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    names = ["1", "01", "001", "2", "02"]
+    path.write_text("\n".join(["user,item,rating", *(f"{name},1,5" for name in names)]))
+    assert read_ratings_csv(path).user_ids == ("001", "01", "1", "02", "2")
 
 
 def test_another_scale_is_an_option(tmp_path: Path) -> None:
@@ -384,6 +432,8 @@ def test_too_few_ratings_to_split_have_one_clear_line(tmp_path: Path) -> None:
         ({"dataset": "movielens-10k"}, UnknownNameError, "Did you mean 'movielens-100k'"),
         ({"split": "random"}, ValueError, "must be 'temporal' or 'pairs', got 'random'"),
         ({"scale": (5, 1)}, ValueError, "scale must be a lowest and a highest rating"),
+        ({"scale": 5}, ValueError, "scale must be a lowest and a highest rating, got 5"),
+        ({"scale": (1, 2, 3)}, ValueError, "scale must be a lowest and a highest rating"),
         ({"negatives": 0}, ValueError, "must be at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "must be at least 1"),
         ({"seed": -1}, ValueError, "must not be negative, got -1"),

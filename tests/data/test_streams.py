@@ -82,6 +82,9 @@ def test_the_gaussian_schedule_has_bells_of_half_the_distance() -> None:
 def test_too_few_classes_and_no_samples_are_refused() -> None:
     with pytest.raises(DataError, match="3 classes, too few for 5 tasks"):
         make_stream(labels(9, 3), StreamConfig())
+    for schedule in ("shuffled", "gaussian"):
+        with pytest.raises(DataError, match="4 samples, too few for 5 tasks"):
+            make_stream(labels(4), StreamConfig(schedule=schedule))
     with pytest.raises(DataError, match="no samples"):
         make_stream(labels(0), StreamConfig())
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

@@ -44,6 +44,20 @@ def test_any_bytes_of_a_file_have_a_text_that_gives_them_back(content: bytes) ->
     assert bytes(tokens.tolist()) == content
 
 
+def test_half_of_a_surrogate_pair_has_no_bytes() -> None:
+    with pytest.raises(
+        DataError, match=r"Character 2 of the text is '\\ud83d', half of a surrogate"
+    ):
+        encode_bytes("so\ud83d")
+
+
+def test_any_seed_that_a_generator_takes_orders_a_text() -> None:
+    for seed in (2**62, 2**63 - 1):
+        sampler = StreamSampler(100, 2, 5, 0.5, seed)
+        first, again = ([step.starts.tolist() for step in sampler] for _ in range(2))
+        assert first == again
+
+
 def test_invalid_bytes_show_as_replacement_characters() -> None:
     assert decode_bytes(torch.tensor([0x61, 0xE9, 0x62])) == "a\ufffdb"
     assert ord("\n") == START

@@ -122,6 +122,13 @@ def test_columns_have_other_names_and_texts_have_lines(tmp_path: Path) -> None:
     assert labels.tolist() == [1, 0, 1]
 
 
+def test_classes_that_are_one_number_have_an_order(tmp_path: Path) -> None:
+    names = ["1", "01", "001", "2", "02"]
+    path = tmp_path / "x.csv"
+    path.write_text("\n".join(["text,label", *(f"a,{name}" for name in names)]))
+    assert read_labelled_texts(path)[2] == ("001", "01", "1", "02", "2")
+
+
 def _folder(path: Path, content: bytes) -> Path:
     (path / "a").mkdir(parents=True)
     (path / "a" / "1.txt").write_bytes(content)
@@ -146,7 +153,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty text": (_csv('text,label\na,x\n" ",y\n'), "line 3: 'text' is empty"),
     "empty label": (_csv("text,label\na,\n"), "line 2: 'label' is empty"),
     "short row": (_csv("text,label\na\n"), "line 2: 'label' is empty"),
-    "huge field": (_csv(f"text,label\n{'a' * 200_000},x\n"), "after line 1: field larger than"),
+    "huge field": (
+        _csv(f"text,label\n{'a' * 200_000},x\n"),
+        "row from line 2 on: field larger than",
+    ),
+    "comma": (_csv("text,label\na,x\nb, c,y\n"), "line 3: more fields than the header; quote"),
+    "lone quote": (_csv('text,label\na,x\n"b,y\nc,x\n'), "row from line 3 on: unexpected end"),
     "latin": (_csv("text,label\né,x\n".encode("latin-1")), "is not UTF-8, at byte 11"),
     "empty folder": (lambda path: path.mkdir() or path, "has no texts"),  # type: ignore[func-returns-value]
     "folder of one": (lambda path: _folder(path, b"text"), "has one class, 'a'"),

@@ -260,12 +260,33 @@ def test_predictions_are_points_and_draws_at_any_times() -> None:
         (([-0.2, 0.1], [[0.0, 1.0]] * 2, [1.0]), DataError, "from 0 on"),
         (([0.1, 0.2], [[0.0, math.nan]] * 2, [1.0]), DataError, "must be finite"),
         (([0.1, 0.2], [[0.0, 1.0]] * 2, []), DataError, "one time to predict"),
+        (([0.1, 0.2], [[0.0, 1.0]] * 2, "soon"), DataError, "Times to predict must be numbers"),
+        (([0.1, 0.2], [["a", "b"]] * 2, [1.0]), DataError, "Observations must be numbers, got"),
+        (
+            (["0.1", "0.2"], [[0.0, 1.0]] * 2, [1.0]),
+            DataError,
+            "Times of observations must be numbers, got '0.1'",
+        ),
+        ((3.0, 4.0, [1.0]), DataError, "pairs of times and values, got 3.0"),
         (([0.1, 0.2], [[0.0, 1.0]] * 2, [1.0, 0.5]), ZooError, "increasing from 0 on"),
     ],
 )
 def test_wrong_observations_are_refused(arguments: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         trajectories().predict(arguments[:2], arguments[2])
+
+
+def test_pairs_come_in_lists_and_tuples() -> None:
+    model = trajectories()
+    one = ([0.1, 0.5], [[0.0, 1.0], [1.0, 0.0]])
+    (expected,) = model.predict(one)
+    for given in ([*one], tuple(map(torch.tensor, one)), [one], (one,), (one, one), ([*one],) * 2):
+        for found in model.predict(given):  # type: ignore[arg-type]
+            assert torch.equal(found.mean, expected.mean)
+    assert len(model.predict((one, one))) == 2
+    for draws, message in ((1.5, "a whole number, got 1.5"), (-1, "at least 0, got -1")):
+        with pytest.raises(ConfigError, match=f"draws must be {message}"):
+            model.predict(one, draws=draws)  # type: ignore[arg-type]
 
 
 def test_the_recurrent_network_says_what_it_cannot_do() -> None:

@@ -300,6 +300,10 @@ GOOD = np.zeros((*SIZE, 3), dtype=np.uint8)
         ("nowhere.png", r"No picture at nowhere\.png"),
         (Path(__file__), "Cannot read the picture .*: it is no picture"),
         ([], "predict got no images"),
+        ([torch.zeros(0, 3, *SIZE)], r"no images in a batch of shape \(0, 3,"),
+        (GOOD.astype(object), "Images must be uint8 or floating point, got an array of object"),
+        (Image.fromarray(np.full(SIZE, 3, np.int32)), "has 32-bit values; save it with 8 bits"),
+        (Image.fromarray(np.full(SIZE, 3, np.float32)), "has 32-bit values; save it with 8 bits"),
     ],
 )
 def test_what_cannot_be_predicted(model: Any, given: Any, message: str) -> None:
@@ -307,6 +311,46 @@ def test_what_cannot_be_predicted(model: Any, given: Any, message: str) -> None:
         with pytest.raises(DataError, match=message) as caught:
             model.predict(wrong)
         assert "\n" not in str(caught.value)
+
+
+def test_an_empty_batch_has_no_images(model: Any) -> None:
+    for given in (torch.zeros(0, 3, *SIZE), np.zeros((0, *SIZE, 3)), torch.zeros(0)):
+        with pytest.raises(DataError, match=r"predict got no images\.$"):
+            model.predict(given)
+    with pytest.raises(ConfigError, match=r"top_k must be a whole number, got 2\.5"):
+        model.predict(GOOD, top_k=2.5)
+
+
+def test_it_is_measured_in_the_middle_of_a_training(run: training.Run, model: Any) -> None:
+    expected = model.measure(run.datamodule, "test").sums
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train().published_network.dropout.eval()
+    modes = [part.training for part in model.modules()]
+    assert torch.equal(model.measure(run.datamodule, "test").sums, expected)
+
+    def fail() -> None:
+        with model.evaluating():
+            assert not any(part.training for part in model.modules())
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    assert [part.training for part in model.modules()] == modes
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_picture_in_hand_is_as_its_file(model: Any, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(make_images(1)[0][0])
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.arange(80, dtype=np.uint16).reshape(SIZE) * 800).save(tmp_path / "16.png")
+    for name in ("turned.png", "16.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert model.predict(picture) == model.predict(tmp_path / name)
+    with Image.open(tmp_path / "turned.png") as picture:
+        upright = turned.transpose(Image.Transpose.ROTATE_270)
+        assert model.predict(picture) == model.predict(upright)
 
 
 def test_a_classifier_that_knows_no_images_yet(tmp_path: Path) -> None:

@@ -126,6 +126,15 @@ def test_temperature_zero_is_the_likeliest_token() -> None:
     assert drawn.tolist() == [max(range(9), key=row.__getitem__) for row in logits.tolist()]
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-40, 1e-38, 1e-37, 1e-30])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_the_smallest_temperatures_are_greedy(temperature: float, options: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"top_k": None, "top_p": None, "generator": None, **options}
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) * 40
+    drawn = sample_token(logits, temperature=temperature, **arguments)
+    assert drawn.tolist() == logits.argmax(-1).tolist()
+
+
 # --- generation ----------------------------------------------------------------------------------
 
 
@@ -151,7 +160,6 @@ def test_greedy_generation_in_pieces_equals_one_pass_over_the_text(model: Langua
     assert iter(stream) is stream
     assert next(stream, None) is None
     # The state has seen all of it: what comes next is what a pass over everything says.
-    assert stream.state is not None
     assert stream.state.position == (len(before) + len(expected)) % SEGMENT
     with torch.no_grad():
         next_logits, _ = model.network(torch.tensor([[65]]), stream.state)
@@ -170,6 +178,40 @@ def test_generation_goes_on_after_a_stream(model: LanguageModel, number: int) ->
     assert found == bytes(expected).decode("utf-8", "replace")
     # The state is a value: a second continuation finds it as the first did.
     assert model.generate(" And", max_new_tokens=12, temperature=0, state=stream.state) == found
+
+
+def test_a_stream_can_be_left_at_any_byte_and_gone_on_with(model: LanguageModel) -> None:
+    with torch.no_grad():
+        model.network.head.weight[128:] = 0.0  # a character is a byte, and a piece of text
+    before, total = [START, *PROMPT.encode()], 2 * SEGMENT
+    text = bytes(naive_greedy(model, before, total)).decode()
+    whole = model.stream(PROMPT, max_new_tokens=total, temperature=0)
+    for count in range(total + 1):
+        assert whole.text == text[:count]
+        left = model.stream(PROMPT, max_new_tokens=total, temperature=0)
+        for _ in range(count):
+            next(left)
+        for stream in (left, whole):  # looked at once, and after every byte
+            assert stream.state.position == (len(before) + count) % SEGMENT
+            with torch.no_grad():
+                found, _ = model.network(torch.tensor([[65]]), stream.state)
+                expected, _ = model.network(torch.tensor([[*before, *text[:count].encode(), 65]]))
+            torch.testing.assert_close(found[0, -1], expected[0, -1], rtol=1e-4, atol=1e-4)
+        next(whole, None)
+    assert whole.text == text
+
+
+def test_a_model_in_training_writes_and_scores_as_any_other() -> None:
+    model = model_of()
+    expected = model.generate(PROMPT, max_new_tokens=20, seed=1), model.predict(PROMPT)
+    model.train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.5
+    stream = model.stream(PROMPT, max_new_tokens=20, seed=1)
+    assert next(stream)
+    assert all(part.training for part in model.modules()), "also while a text is written"
+    assert (stream.text + "".join(stream), model.predict(PROMPT)) == expected
 
 
 def test_a_seed_makes_the_text_repeatable_and_the_global_state_is_left_alone() -> None:
@@ -327,7 +369,6 @@ def test_texts_are_scored_each_on_its_own(model: LanguageModel) -> None:
     together = model.predict(texts)
     assert together == [model.predict(text)[0] for text in texts]
     assert together[::-1] == model.predict(texts[::-1])
-    assert model.predict([]) == []
 
 
 @pytest.mark.parametrize(
@@ -335,6 +376,8 @@ def test_texts_are_scored_each_on_its_own(model: LanguageModel) -> None:
     [
         ("", "predict got an empty text; there is nothing to score."),
         (["fine", ""], "predict got an empty text; there is nothing to score."),
+        ([], "predict got no texts."),
+        ((), "predict got no texts."),
         ([3], "predict takes texts, got int."),
         ([b"bytes"], "predict takes texts, got bytes."),
         (3, "predict takes texts, got int."),

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from zoo import checkpoints, training
+from zoo.configs import to_json
 from zoo.data.images import ImagePreprocessing
 from zoo.data.streams import StreamConfig, StreamDataModule
 from zoo.errors import ConfigError, DataError, ZooError
@@ -24,6 +29,7 @@ from zoo.families.online_ensemble import (
     OnlineNetworkConfig,
     RidgeEnsembleConfig,
 )
+from zoo.files import format_json
 from zoo.tasks.online_learning import OnlineClassifier
 
 SIZE = 8
@@ -141,6 +147,7 @@ BAD: dict[str, tuple[Callable[[], tuple[Any, Any]], str]] = {
     "out of range": (lambda: (ONE + 2, [0]), "go from 0 to 1"),
     "empty tensor": (lambda: (ONE[:0], []), "batch is empty"),
     "empty list": (lambda: ([], []), "batch is empty"),
+    "empty tensor in a list": (lambda: ([ONE[:0]], []), r"no images in a batch of shape \(0, 1,"),
     "no picture": (lambda: ("nowhere.png", [0]), "No picture at nowhere.png"),
 }
 
@@ -174,6 +181,8 @@ def test_other_mistakes_are_one_line() -> None:
         module().predict(ONE)
     with pytest.raises(ConfigError, match="top_k must be at least 1, got 0"):
         module().predict(ONE, top_k=0)
+    with pytest.raises(ConfigError, match=r"top_k must be a whole number, got 2\.5"):
+        module().predict(ONE, top_k=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k must not exceed the 4 classifiers, got 5"):
         RidgeEnsembleConfig(classifiers=4, gate=GateConfig(k=5))
     with pytest.raises(ValueError, match="needs num_classes"):
@@ -228,6 +237,90 @@ def test_measuring_needs_the_classes_of_the_model(tmp_path: Path) -> None:
         m.measure(data, "test")
     with pytest.raises(ZooError, match="Unknown protocol 'x'; choose one of test"):
         m.measure(data, "x")
+
+
+def bound(path: Path, names: str) -> StreamDataModule:
+    """A stream of pictures of classes with these names."""
+    for index, name in enumerate(names.split()):
+        (path / name).mkdir(parents=True)
+        for number, image in enumerate(pictures([index] * 6, seed=index)[0]):
+            pixels = (image[0] * 255).to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(path / name / f"{number}.png")
+    stream = StreamConfig(tasks=2, batch_size=4)
+    return StreamDataModule(path=str(path), size=(SIZE, SIZE), stream=stream)
+
+
+def names(m: OnlineClassifier) -> tuple[str, ...]:
+    assert m.preprocessing is not None
+    return m.preprocessing.classes
+
+
+def test_classes_that_were_learned_keep_their_names(tmp_path: Path) -> None:
+    three = bound(tmp_path / "three", "ant bee cat")
+    m = module()
+    m.bind(bound(tmp_path / "before", "0 1"))  # nothing was learned of these
+    m.bind(three)
+    m.learn(three.train_images, three.train_labels)
+    m.bind(bound(tmp_path / "two", "ant bee"))
+    assert names(m) == ("ant", "bee", "cat")
+    assert {p.label for p in m.predict(three.test_images)} == {"ant", "bee", "cat"}
+    m.bind(bound(tmp_path / "four", "ant bee cat dog"))
+    assert names(m) == ("ant", "bee", "cat", "dog")
+    with pytest.raises(ConfigError, match="The data's class 1 is 'cat', the model's is 'bee'"):
+        m.bind(bound(tmp_path / "others", "ant cat"))
+    assert names(m) == ("ant", "bee", "cat", "dog")
+    unnamed = module()
+    unnamed.learn(three.train_images, three.train_labels)
+    unnamed.bind(bound(tmp_path / "named", "ant bee"))
+    assert names(unnamed) == ("ant", "bee", "class 2")
+
+
+def test_a_stream_of_fewer_classes_goes_on_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOO_CACHE_DIR", str(tmp_path / "cache"))
+    three = bound(tmp_path / "three", "ant bee cat")
+    m = module()
+    m.bind(three)
+    m.learn(three.train_images, three.train_labels)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=CSVLogger(tmp_path),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    two = bound(tmp_path / "two", "ant bee")
+    trainer.fit(m, datamodule=two)
+    assert m.record is not None
+    assert m.record.per_class.shape == (2, 3)
+    assert m.measure(two, "test").n == len(two.test_labels)
+
+
+def test_an_encoder_that_does_not_fit_leaves_the_one_there_is(tmp_path: Path) -> None:
+    m = module()
+    before = copy.deepcopy(m)
+    stored = {f"encoder.{k}": v + 1 for k, v in m.network.encoder.state_dict().items()}
+    last = list(stored)[-1]
+    for change in ({last: torch.zeros(99)}, {"encoder.more": torch.zeros(1)}):
+        save_file({**stored, **change}, tmp_path / "model.safetensors")
+        with pytest.raises(ZooError, match="has no encoder of this kind") as caught:
+            m.load_encoder(tmp_path)
+        assert "\n" not in str(caught.value)
+        assert same_state(m, before)
+    save_file(stored, tmp_path / "model.safetensors")
+    m.load_encoder(tmp_path)
+    assert not same_state(m, before)
+
+
+def test_the_digest_of_an_encoder_is_that_of_its_bytes() -> None:
+    m = module()
+    expected = hashlib.sha256(format_json(to_json(NETWORK.encoder)))
+    for tensor in m.network.encoder.state_dict().values():
+        expected.update(tensor.numpy().tobytes())
+    assert m._encoder_digest() == expected.hexdigest()
+    assert m.bfloat16()._encoder_digest() != expected.hexdigest()
 
 
 def test_large_images_are_encoded_a_few_at_a_time() -> None:

@@ -14,7 +14,7 @@ import torch
 from tests.texts import PIECES, TINY_BERT, TOPICS, labelled_texts, write_encoder, write_texts
 from tests.tiny import SHRUNK, run
 from zoo import checkpoints, training
-from zoo.data.text_streams import TextStreamBatch, WordPieces
+from zoo.data.text_streams import TextStreamBatch, TextStreamDataModule, WordPieces
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.online_ensemble import (
     GateConfig,
@@ -151,10 +151,33 @@ def test_other_mistakes_are_one_line(tmp_path: Path, encoder: Path) -> None:
     with pytest.raises(ZooError, match="has no encoder of this kind") as caught:
         module(encoder=other).load_encoder(encoder)
     assert "\n" not in str(caught.value)
+    m = module()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "vocab.txt").write_text("\n".join(reversed(PIECES[1:])))
+    with pytest.raises(ValueError, match=r"needs \[PAD\] first"):
+        m.load_encoder(tmp_path / "bare")
+    pieces = (PIECES[0], *reversed(PIECES[1:]))
+    (tmp_path / "bare" / "vocab.txt").write_text("\n".join(pieces))
+    with pytest.raises(ZooError, match=r"Cannot read .*model\.safetensors"):
+        m.load_encoder(tmp_path / "bare")
+    assert m.preprocessing == WORDS, "the vocabulary comes with the weights or not at all"
     (encoder / "vocab.txt").rename(tmp_path / "vocab.txt")
     with pytest.raises(ZooError, match=r"nor a folder with model\.safetensors and vocab\.txt"):
         module().load_encoder(encoder)
     (tmp_path / "vocab.txt").rename(encoder / "vocab.txt")
+
+
+def test_classes_that_were_learned_keep_their_names(tmp_path: Path) -> None:
+    data = TextStreamDataModule(str(write_texts(tmp_path / "texts.csv", 10)))
+    m = module()
+    m.learn(["rain", "goal", "snow"], [0, 1, 2])
+    m.bind(data)
+    assert m.preprocessing is not None
+    assert m.preprocessing.classes == (*TOPICS, "class 2")
+    m.preprocessing = dataclasses.replace(WORDS, classes=("a", "b", "c"))
+    with pytest.raises(ConfigError, match=f"The data's class 0 is '{next(iter(TOPICS))}', the mod"):
+        m.bind(data)
+    assert m.preprocessing.classes == ("a", "b", "c")
 
 
 def test_fit_runs_a_stream_of_a_file_and_again_bit_for_bit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,34 @@ def test_items_are_found_by_id_title_or_a_part_that_fits_one() -> None:
     assert module._item("Alien") == 0, "a whole title goes before a part of one"
 
 
+def test_a_model_in_training_is_used_as_any_other() -> None:
+    module = untrained()
+    uses: list[Callable[[], Any]] = [
+        lambda: module.recommend("1", exclude_seen=False),
+        lambda: module.recommend(liked=["10"]),
+        lambda: module.similar_items("10"),
+        lambda: module.explain("1", "10"),
+        lambda: module.predict([("1", "10")]),
+    ]
+    expected = [use() for use in uses]
+    module.train()
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    for use, found in zip(uses, expected, strict=True):
+        assert use() == found
+        assert all(part.training for part in module.modules())
+
+
+def test_lists_may_be_arrays() -> None:
+    module = untrained()
+    liked = [10, 12]
+    expected = module.recommend(liked=liked)
+    assert module.recommend(liked=np.array(liked)) == expected
+    assert module.recommend(liked=(str(item) for item in liked)) == expected
+    assert module.predict(np.array([[1, 10]])) == module.predict([("1", "10")])
+
+
 def test_ratings_alone_are_ordered_by_the_rating() -> None:
     network = RecommenderConfig(num_users=3, num_items=4, tasks=("rate",))
     module = Recommender(network, preprocessing=untrained().catalogue).eval()
@@ -385,6 +414,9 @@ def test_side_features_come_from_the_data(tmp_path: Path) -> None:
     [
         (lambda m: m.recommend("9"), UnknownNameError, "No user '9' among 3.*give `liked` titles"),
         (lambda m: m.recommend("1", k=0), ConfigError, "k must be at least 1, got 0"),
+        (lambda m: m.recommend("1", k=2.5), ConfigError, "k must be a whole number, got 2.5"),
+        (lambda m: m.recommend("1", k=True), ConfigError, "k must be a whole number, got True"),
+        (lambda m: m.recommend(liked=5), DataError, "must be a list .*, got 5"),
         (lambda m: m.recommend(), ConfigError, "needs a user or a list of liked items"),
         (lambda m: m.recommend("1", liked=["10"]), ConfigError, "and not both"),
         (lambda m: m.recommend(liked=[]), DataError, "at least one title or id"),
@@ -396,6 +428,12 @@ def test_side_features_come_from_the_data(tmp_path: Path) -> None:
         ),
         (lambda m: m.predict([("1", "99")]), UnknownNameError, "No item '99' among 4"),
         (lambda m: m.predict([]), DataError, "predict got no pairs"),
+        (lambda m: m.predict(("1", "10")), DataError, "pairs of a user and an item, got '1'"),
+        (lambda m: m.predict(("12", "34")), DataError, "pairs of a user and an item, got '12'"),
+        (lambda m: m.predict((12, 34)), DataError, "pairs of a user and an item, got 12"),
+        (lambda m: m.predict("12"), DataError, "pairs of a user and an item, got '12'"),
+        (lambda m: m.predict(3), DataError, "pairs of a user and an item, got 3"),
+        (lambda m: m.predict([("1", "10", "2")]), DataError, r"an item, got \('1', '10', '2'\)"),
         (
             lambda m: m.similar_items("lie"),
             UnknownNameError,

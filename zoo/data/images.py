@@ -43,6 +43,7 @@ __all__ = [
     "ImagePreprocessing",
     "ImageSplit",
     "augment_batch",
+    "picture_pixels",
     "read_cifar_pickle",
     "read_idx",
     "read_image",
@@ -232,7 +233,7 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Tensor:
     """One picture in a file of any common format, C x H x W uint8.
 
     Raises:
-        DataError: the file is missing or is no picture.
+        DataError: the file is missing, is no picture, or has values of 32 bits.
     """
     path = Path(path)
     try:
@@ -251,10 +252,45 @@ def _decode(file: Any, where: str, channels: int = 3) -> NDArray[np.uint8]:
 
     try:
         with Image.open(file) as picture:
-            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+            return picture_pixels(picture, where, channels)
+    except DataError:
+        raise
     except Exception as error:  # the decoders of the many formats raise many kinds
         reason = "it is damaged" if "identify" not in str(error) else "it is no picture"
         raise DataError(f"Cannot read the picture {where}: {reason}.") from None
+
+
+_TOO_DEEP = "32-bit values"
+
+
+def picture_pixels(picture: Any, where: str, channels: int) -> NDArray[np.uint8]:
+    """Pixels of a PIL image as it is looked at, H x W x C: the right way up, and of 8 bits.
+
+    Args:
+        picture: the image.
+        where: what it is, for messages.
+        channels: 1 for grey, 3 for colour.
+
+    Raises:
+        DataError: it has values of 32 bits, of which nobody knows what is white.
+    """
+    from PIL import ImageOps
+
+    mode = picture.mode
+    # Pillow opens PNM files of 16 bits as "I", and did so with PNG before version 11.
+    sixteen = mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM"))
+    if mode in ("I", "F") and not sixteen:
+        raise DataError(f"The picture {where} has {_TOO_DEEP}; save it with 8 bits.")
+    try:
+        upright = ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged note on how the camera was held; the pixels may be fine
+        upright = picture
+    if sixteen:
+        # Pillow itself would clip: nearly everything is above 255.
+        values = np.asarray(upright).astype(np.int64)
+        grey = ((values + 128) // 257).astype(np.uint8)
+        return np.repeat(grey[:, :, None], channels, axis=2)
+    pixels: NDArray[np.uint8] = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
@@ -307,17 +343,19 @@ def read_image_folder(
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([*map(len, files)]))
     paths = [file for of_class in files for file in of_class]
     images = torch.empty(len(paths), channels, *size, dtype=torch.uint8)
-    unreadable = []
+    unreadable, too_deep = [], False
     for index, file in enumerate(track(paths, "reading pictures")):
         try:
             images[index] = resize(read_image(file, channels), size)
-        except DataError:
+        except DataError as error:
             unreadable.append(str(file))
+            too_deep |= _TOO_DEEP in str(error)
     if unreadable:
         more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
         raise DataError(
             f"{len(unreadable)} of {len(paths)} pictures cannot be read: "
             f"{', '.join(unreadable[:5])}{more}."
+            f"{f' Some have {_TOO_DEEP}; save them with 8 bits.' if too_deep else ''}"
         )
     return ImageSplit(images, labels), tuple(classes)
 
@@ -710,7 +748,8 @@ class _EvaluationBatches(Dataset[ImageBatch]):
 class ImageDataModule(pl.LightningDataModule):
     """A set of labelled images: one of the known ones, or a folder of your own.
 
-    A folder has one folder of pictures per class; or two folders, `train` and `test`, that do.
+    A folder has one folder of pictures per class; or two folders, `train` and `test`, that do. In
+    place of `test` there may be `val`, `valid` or `validation`.
 
     Args:
         dataset: name of a known set.
@@ -753,6 +792,8 @@ class ImageDataModule(pl.LightningDataModule):
             )
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size must be a height and a width in pixels, got {list(size)}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels!r}")
         if not 0.0 < test_fraction < 1.0:
             raise ValueError(f"test_fraction must be in (0, 1), got {test_fraction}")
         if batch_size < 1:
@@ -785,12 +826,15 @@ class ImageDataModule(pl.LightningDataModule):
         """Training set, test set and classes of the user's folder."""
         assert self.path is not None
         root = Path(self.path).expanduser()
-        if (root / "train").is_dir() and (root / "test").is_dir():
+        held = _test_part(root)
+        if held is not None:
             train, classes = read_image_folder(root / "train", self.size, self.channels)
-            test, others = read_image_folder(root / "test", self.size, self.channels)
+            test, others = read_image_folder(root / held, self.size, self.channels)
             if others != classes:
                 differ = ", ".join(sorted({*classes} ^ {*others}))
-                raise DataError(f"Only one of train and test in {root} has the classes: {differ}.")
+                raise DataError(
+                    f"Only one of train and {held} in {root} has the classes: {differ}."
+                )
             return train, test, classes
         split, classes = read_image_folder(root, self.size, self.channels)
         count = max(round(self.test_fraction * len(split.labels)), len(classes))
@@ -889,6 +933,43 @@ class ImageDataModule(pl.LightningDataModule):
     def _evaluation(self, split: ImageSplit) -> DataLoader[ImageBatch]:
         batches = _EvaluationBatches(split, self.preprocessing, *self._process)
         return _loader(batches)
+
+
+_TEST_PARTS = ("test", "val", "valid", "validation")
+
+
+def _test_part(root: Path) -> str | None:
+    """Name of the folder of test pictures beside `train`; None where `root` has classes.
+
+    Raises:
+        DataError: only one of the two is there.
+    """
+    folders = {p.name for p in root.iterdir() if p.is_dir()} if root.is_dir() else set()
+    folders = {name for name in folders if not name.startswith(".")}
+    parts = folders & {"train", *_TEST_PARTS}
+    main = parts & {"train", "test"}
+    # A class may be called "train", but has pictures, and stands beside other classes.
+    if not main or (parts < folders and not any(_has_classes(root / name) for name in main)):
+        return None
+    held = next((name for name in _TEST_PARTS if name in parts), None)
+    if held is None:
+        raise DataError(
+            f"{root} has 'train' but no 'test'; add {' or '.join(map(repr, _TEST_PARTS))}, or "
+            "name a folder in which each folder is a class."
+        )
+    if "train" not in parts:
+        raise DataError(
+            f"{root} has 'test' but no 'train'; add it, or name a folder in which each folder is a "
+            "class."
+        )
+    return held
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether there are folders rather than pictures in a folder."""
+    inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    pictures = any(p.suffix.lower() in _SUFFIXES for p in inside if p.is_file())
+    return not pictures and any(p.is_dir() for p in inside)
 
 
 def _loader(

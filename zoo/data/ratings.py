@@ -5,10 +5,8 @@ Shape notation: N ratings, B pairs of a batch, U users, I items.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import math
 import os
 import zipfile
@@ -24,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from zoo.data.sources import SOURCES, data_dirs, locate_first
+from zoo.data.tables import ordered_names, read_table, read_utf8
 from zoo.errors import DataError, UnknownNameError, nearest
 
 __all__ = [
@@ -58,7 +57,8 @@ class Ratings:
     Attributes:
         users, items: N int64, positions in `user_ids` and `item_ids`.
         ratings: N float32.
-        times: N int64, in any unit; the position in the file where there are none.
+        times: N int64, in any unit; their ranks where they have fractions, the position in the
+            file where there are none.
         user_ids, item_ids: as in the file.
         scale: lowest and highest rating.
         titles: title of each item; the id where there is none.
@@ -99,12 +99,36 @@ def _contains(keys: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.
     return found
 
 
-def _ordered(ids: Sequence[str]) -> tuple[str, ...]:
-    """Distinct ids, by number where all are numbers."""
-    distinct = set(ids)
-    if all(name.isdecimal() for name in distinct):
-        return tuple(sorted(distinct, key=int))
-    return tuple(sorted(distinct))
+def _time(text: str) -> int | float:
+    """A time as a whole number where it is one.
+
+    Raises:
+        ValueError: it is no finite number, or needs more than 64 bits.
+    """
+    try:
+        value: int | float = int(text)
+    except ValueError:
+        value = float(text)
+        if abs(value) < 2**53 and value.is_integer():
+            value = int(value)
+    if not math.isfinite(value) or (isinstance(value, int) and not -(2**63) <= value < 2**63):
+        raise ValueError(text)
+    return value
+
+
+def _scale(scale: object) -> tuple[float, float]:
+    """A checked scale.
+
+    Raises:
+        ValueError: it is not a lowest and a highest rating.
+    """
+    try:
+        low, high = (float(end) for end in scale)  # type: ignore[attr-defined]
+        if low < high:
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"scale must be a lowest and a highest rating, got {scale!r}")
 
 
 def _build(
@@ -112,7 +136,7 @@ def _build(
     where: str,
     scale: tuple[float, float],
     *,
-    first_line: int = 1,
+    lines: Sequence[int] | None = None,
     titles: Mapping[str, str] | None = None,
     user_features: Mapping[str, Sequence[str]] | None = None,
     item_features: Mapping[str, Sequence[str]] | None = None,
@@ -120,22 +144,26 @@ def _build(
     """Check rows of user, item, rating and (perhaps) time, and number users and items.
 
     Raises:
-        DataError: there is no row, or one is incomplete, no number, off the scale or a duplicate.
+        DataError: there is no row, or one is incomplete, no number, off the scale or a duplicate;
+            the text has its number in `lines`, by default from 1 on.
     """
     if not rows:
         raise DataError(f"{where} holds no ratings.")
     seen: dict[tuple[str, str], int] = {}
-    values, times = [], []
-    for line, row in enumerate(rows, first_line):
+    values: list[float] = []
+    times: list[int | float] = []
+    for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
         if len(row) < 3 or not (row[0] and row[1]):
             raise DataError(f"{where}, line {line}: expected a user, an item and a rating.")
         try:
             values.append(float(row[2]))
-            times.append(int(float(row[3])) if len(row) > 3 else line)
         except ValueError:
+            raise DataError(f"{where}, line {line}: rating {row[2]!r} is no number.") from None
+        try:
+            times.append(_time(row[3]) if len(row) > 3 else line)
+        except (ValueError, OverflowError):
             raise DataError(
-                f"{where}, line {line}: rating {row[2]!r}"
-                f"{f' or time {row[3]!r}' if len(row) > 3 else ''} is no number."
+                f"{where}, line {line}: time {row[3]!r:.60} is no number of up to 64 bits."
             ) from None
         if not scale[0] <= values[-1] <= scale[1]:
             raise DataError(
@@ -148,7 +176,11 @@ def _build(
                 f"{where}, line {line}: user {row[0]!r} rated item {row[1]!r} on line {before} "
                 "already; keep one of them."
             )
-    user_ids, item_ids = (_ordered([row[column] for row in rows]) for column in (0, 1))
+    if any(isinstance(time, float) for time in times):
+        # Fractions tell what came first, as their ranks do.
+        ranks = {time: rank for rank, time in enumerate(sorted(set(times)))}
+        times = [ranks[time] for time in times]
+    user_ids, item_ids = (ordered_names(row[column] for row in rows) for column in (0, 1))
     user_index = {name: index for index, name in enumerate(user_ids)}
     item_index = {name: index for index, name in enumerate(item_ids)}
     named = titles or {}
@@ -193,25 +225,21 @@ def read_ratings_csv(
     Args:
         path: the file.
         user_column, item_column, rating_column: names of its columns.
-        time_column: of the time of a rating, a number; None: the lines are in order of time.
+        time_column: of the time of a rating, a number, with a fraction or without; None: the lines
+            are in order of time.
         title_column: of the title of the item; None: the id is its title.
         scale: lowest and highest rating.
 
     Raises:
         DataError: the file is missing, lacks a column, or has a bad row.
+        ValueError: `scale` is none.
     """
     path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"No ratings at {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the ratings {path}: {error}.") from None
     return _from_csv(
-        text,
+        read_utf8(path, "ratings"),
         str(path),
         (user_column, item_column, rating_column, time_column),
-        scale,
+        _scale(scale),
         title_column=title_column,
     )
 
@@ -226,20 +254,22 @@ def _from_csv(
     titles: Mapping[str, str] | None = None,
     item_features: Mapping[str, Sequence[str]] | None = None,
 ) -> Ratings:
-    reader = csv.DictReader(io.StringIO(text))
-    header = reader.fieldnames or []
-    wanted = [column for column in (*columns, title_column) if column is not None]
-    for column in wanted:
-        if column not in header:
-            raise DataError(
-                f"{where} has no column {column!r}.{nearest(column, header)}"
-                f" There are: {', '.join(header) or 'none'}."
-            )
-    lines = list(reader)
-    rows = [[line[column] or "" for column in columns if column is not None] for line in lines]
+    wanted = [column for column in columns if column is not None]
+    titled = [] if title_column is None else [title_column]
+    table = read_table(text, where, [*wanted, *titled])
+    rows = [[row.values[column] for column in wanted] for row in table]
     if title_column is not None:
-        titles = {line[columns[1] or ""]: line[title_column] for line in lines}
-    return _build(rows, where, scale, first_line=2, titles=titles, item_features=item_features)
+        # A row without the title of its item takes it from none that has it.
+        named = [(row.values[wanted[1]], row.values[title_column]) for row in table]
+        titles = {item: title for item, title in named if title.strip()}
+    return _build(
+        rows,
+        where,
+        scale,
+        lines=[row.line for row in table],
+        titles=titles,
+        item_features=item_features,
+    )
 
 
 class _Files:
@@ -317,7 +347,13 @@ def read_movielens(name: str, path: str | os.PathLike[str]) -> Ratings:
             },
             item_features={row[0]: row[2].split("|") for row in items},
         )
-    movies = list(csv.DictReader(io.StringIO(files.text("movies.csv", "utf-8", required=False))))
+    text, columns = (
+        files.text("movies.csv", "utf-8", required=False),
+        ("movieId", "title", "genres"),
+    )
+    movies = (
+        [row.values for row in read_table(text, f"movies.csv of {path}", columns)] if text else []
+    )
     return _from_csv(
         files.text("ratings.csv", "utf-8"),
         f"ratings.csv of {path}",
@@ -515,8 +551,6 @@ class RatingsDataModule(pl.LightningDataModule):
         _check_known(dataset)
         if split not in ("temporal", "pairs"):
             raise ValueError(f"split must be 'temporal' or 'pairs', got {split!r}")
-        if len(scale) != 2 or not scale[0] < scale[1]:
-            raise ValueError(f"scale must be a lowest and a highest rating, got {list(scale)}")
         if negatives < 1 or batch_size < 1:
             raise ValueError(
                 f"negatives and batch_size must be at least 1, got {negatives} and {batch_size}"
@@ -530,7 +564,7 @@ class RatingsDataModule(pl.LightningDataModule):
             rating_column,
         )
         self.time_column, self.title_column = time_column, title_column
-        self.scale, self.split = (float(scale[0]), float(scale[1])), split
+        self.scale, self.split = _scale(scale), split
         self.negatives, self.batch_size = negatives, batch_size
         self.split_seed, self.seed = split_seed, seed
 

@@ -107,7 +107,7 @@ def make_stream(labels: Tensor, config: StreamConfig, seed: int = 0) -> Stream:
         seed: of the order of classes and of the samples in a class.
 
     Raises:
-        DataError: there are no samples, or fewer classes than tasks.
+        DataError: there are no samples, or fewer samples or classes than tasks.
     """
     classes = torch.unique(labels)
     if len(labels) == 0:
@@ -115,6 +115,10 @@ def make_stream(labels: Tensor, config: StreamConfig, seed: int = 0) -> Stream:
     if config.schedule == "tasks" and len(classes) < config.tasks:
         raise DataError(
             f"The set has {len(classes)} classes, too few for {config.tasks} tasks of at least one."
+        )
+    if len(labels) < config.tasks:
+        raise DataError(
+            f"The set has {len(labels)} samples, too few for {config.tasks} tasks of at least one."
         )
     generator = torch.Generator().manual_seed(seed)
     rank = torch.empty(int(classes.max()) + 1, dtype=torch.int64)

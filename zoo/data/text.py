@@ -26,8 +26,21 @@ START = 10
 
 
 def encode_bytes(text: str) -> Tensor:
-    """UTF-8 bytes of a text as a one-dimensional uint8 tensor; every character has an encoding."""
-    return torch.frombuffer(bytearray(text.encode("utf-8", "surrogateescape")), dtype=torch.uint8)
+    """UTF-8 bytes of a text as a one-dimensional uint8 tensor.
+
+    Bytes that Python could not decode, and keeps as U+DC80 to U+DCFF, are those bytes again.
+
+    Raises:
+        DataError: the text has another half of a surrogate pair, which has no encoding.
+    """
+    try:
+        content = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"Character {error.start} of the text is {text[error.start]!a}, half of a "
+            "surrogate pair, which has no bytes."
+        ) from None
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def decode_bytes(tokens: Tensor) -> str:
@@ -108,7 +121,7 @@ class StreamSampler(Sampler[_Step]):
         return self.steps
 
     def __iter__(self) -> Iterator[_Step]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         offset = int(torch.randint(self.length, (), generator=generator))
         heads = offset + torch.arange(self.streams) * self.length // self.streams
         for index in range(self.steps):

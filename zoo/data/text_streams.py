@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from zoo.data.images import set_apart
 from zoo.data.streams import Stream, StreamConfig, make_stream, stream_loader
-from zoo.errors import DataError, ZooError, nearest
+from zoo.data.tables import ordered_names, read_table, read_utf8
+from zoo.errors import DataError, ZooError
 
 __all__ = [
     "TextStreamBatch",
@@ -100,21 +99,10 @@ def read_vocabulary(path: str | os.PathLike[str]) -> tuple[str, ...]:
         DataError: the file cannot be read.
     """
     # Some pieces are separators of lines to Python, though not to the file.
-    return tuple(_read(Path(path), "vocabulary").removesuffix("\n").split("\n"))
+    return tuple(read_utf8(Path(path), "vocabulary").removesuffix("\n").split("\n"))
 
 
 # --- readers --------------------------------------------------------------------------------------
-
-
-def _read(path: Path, what: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"No {what} at {path}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"The {what} {path} is not UTF-8, at byte {error.start}.") from None
-    except OSError as error:
-        raise DataError(f"Cannot read the {what} {path}: {error.strerror}.") from None
 
 
 def read_labelled_texts(
@@ -131,47 +119,36 @@ def read_labelled_texts(
         are numbers, alphabetical elsewhere.
 
     Raises:
-        DataError: a file or a column is missing, a text or a label is empty, or there are fewer
-            than two classes.
+        DataError: a file or a column is missing, a row has fields too many, a text or a label is
+            empty, or there are fewer than two classes.
     """
     path = Path(path).expanduser()
     rows = _of_folder(path) if path.is_dir() else _of_csv(path, text_column, label_column)
-    names = {label for _, label in rows}
-    classes = sorted(names, key=int) if all(n.isdecimal() for n in names) else sorted(names)
+    classes = ordered_names(label for _, label in rows)
     if len(classes) < 2:
         found = f"one class, {classes[0]!r}" if classes else "no texts"
         raise DataError(f"{path} has {found}; it needs texts of two or more classes.")
     numbers = {name: number for number, name in enumerate(classes)}
     labels = torch.tensor([numbers[label] for _, label in rows])
-    return tuple(text for text, _ in rows), labels, tuple(classes)
+    return tuple(text for text, _ in rows), labels, classes
 
 
 def _of_csv(path: Path, text_column: str, label_column: str) -> list[tuple[str, str]]:
-    reader = csv.DictReader(io.StringIO(_read(path, "texts")))
+    columns = (text_column, label_column)
     rows = []
-    try:
-        header = reader.fieldnames or []
-        for column in (text_column, label_column):
-            if column not in header:
-                raise DataError(
-                    f"{path} has no column {column!r}.{nearest(column, header)}"
-                    f" There are: {', '.join(header) or 'none'}."
-                )
-        for row in reader:
-            text, label = ((row[column] or "").strip() for column in (text_column, label_column))
-            if not text or not label:
-                missing = text_column if not text else label_column
-                raise DataError(f"{path}, line {reader.line_num}: {missing!r} is empty.")
-            rows.append((text, label))
-    except csv.Error as error:
-        raise DataError(f"{path}, after line {reader.line_num}: {error}.") from None
+    for line, row in read_table(read_utf8(path, "texts"), str(path), columns):
+        text, label = (row[column].strip() for column in columns)
+        if not text or not label:
+            missing = text_column if not text else label_column
+            raise DataError(f"{path}, line {line}: {missing!r} is empty.")
+        rows.append((text, label))
     return rows
 
 
 def _of_folder(path: Path) -> list[tuple[str, str]]:
     rows = []
     for file in sorted(path.glob("*/*.txt")):
-        text = _read(file, "text").strip()
+        text = read_utf8(file, "text").strip()
         if not text:
             raise DataError(f"The text {file} is empty.")
         rows.append((text, file.parent.name))

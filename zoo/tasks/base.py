@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import operator
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from zoo.cards import Card, Measurements
 
-__all__ = ["Exportable", "Measurement", "ZooModule", "compile_network", "count_macs"]
+__all__ = ["Exportable", "Measurement", "ZooModule", "check_count", "compile_network", "count_macs"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,23 @@ class ZooModule(pl.LightningModule):
     def published_network(self) -> nn.Module:
         """The network that is measured, used and published: an average of weights, perhaps."""
         return self.network
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode for a while; then each module is in the mode that it was in.
+
+        A model that is in the middle of a training, or fresh from one, is used and measured like
+        any other, and batch normalisation keeps its statistics.
+        """
+        # Each by itself: frozen parts may be in eval mode within a network that is trained.
+        trained = [module for module in self.modules() if module.training]
+        if trained:
+            self.eval()
+        try:
+            yield
+        finally:
+            for module in trained:
+                module.training = True
 
     @classmethod
     def swap_head(cls, preprocessing: Any, num_classes: int) -> Any:
@@ -288,6 +307,28 @@ class ZooModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("zoo_seed") is not None:
             self._fit_seed = checkpoint["zoo_seed"]
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number that a user has given.
+
+    Args:
+        name: what it is, for messages.
+        value: what was given.
+        least: the smallest that is allowed.
+
+    Raises:
+        ConfigError: it is no whole number, or is smaller.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number, got {value!r:.60}") from None
+    if isinstance(value, bool):
+        raise ConfigError(f"{name} must be a whole number, got {value}")
+    if count < least:
+        raise ConfigError(f"{name} must be at least {least}, got {count}")
+    return count
 
 
 def count_macs(network: nn.Module, *inputs: Any) -> int:

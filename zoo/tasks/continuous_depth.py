@@ -215,12 +215,17 @@ class ODEResNetClassifier(TaskSolverKnob, ImageClassifier):
     def block_states(self, datamodule: ImageDataModule) -> list[tuple[ODEBlock, Tensor]]:  # type: ignore[override]
         network = self.published_network
         assert isinstance(network, ODEResNet)
-        return network.block_inputs(self._diagnosed_images(datamodule))
+        with self.evaluating():
+            return network.block_inputs(self._diagnosed_images(datamodule))
 
     @torch.no_grad()
     def diagnose(self, datamodule: ImageDataModule) -> dict[str, Any]:  # type: ignore[override]
         """As for every task; with `lipschitz`, bounds with respect to the images, and
         `batch_invariance`, how far logits change when an image comes alone."""
+        with self.evaluating():
+            return self._diagnosis(datamodule)
+
+    def _diagnosis(self, datamodule: ImageDataModule) -> dict[str, Any]:
         found = super().diagnose(datamodule)
         network, images = self.published_network, self._diagnosed_images(datamodule)
         invariance = {}

@@ -155,7 +155,8 @@ class DensityModel(TaskSolverKnob, ZooModule):
         parts = []
         for part in torch.split(points, _BATCH):
             which = torch.full((len(part),), list(DENSITIES).index(name))
-            parts.append(self.network.log_prob(part.to(self.device), self._condition(which)))
+            with self.evaluating():
+                parts.append(self.network.log_prob(part.to(self.device), self._condition(which)))
         return torch.cat(parts).double().cpu()
 
     @torch.no_grad()
@@ -223,7 +224,8 @@ class DensityModel(TaskSolverKnob, ZooModule):
             generator.manual_seed(seed)
         base = torch.randn(n, 2, generator=generator).to(self.device)
         which = torch.full((n,), list(DENSITIES).index(density))
-        return self.network.transform(base, self._condition(which)).cpu()
+        with self.evaluating():
+            return self.network.transform(base, self._condition(which)).cpu()
 
 
 class _Transform(torch.nn.Module):

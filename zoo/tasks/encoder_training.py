@@ -120,14 +120,14 @@ class EncoderTraining(ZooModule):
             )
         datamodule.setup("test")
         images, labels = datamodule.test_images, datamodule.test_labels
-        errors = torch.cat(
-            [
-                self._errors(part.to(self.device) / 255, named.to(self.device)).cpu()
-                for part, named in zip(
-                    torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True
-                )
-            ]
-        ).double()
+        batches = zip(torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True)
+        with self.evaluating():
+            errors = torch.cat(
+                [
+                    self._errors(part.to(self.device) / 255, named.to(self.device)).cpu()
+                    for part, named in batches
+                ]
+            ).double()
         classifies = bool(self.config.num_classes)
         return Measurement(
             metric="accuracy" if classifies else "squared_error",

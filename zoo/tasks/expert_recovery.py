@@ -181,7 +181,8 @@ class ExpertRecovery(MixtureModule):
     @torch.no_grad()
     def recovery(self, datamodule: ExpertRecoveryDataModule) -> Recovery:
         """Compare the supports of the gate with the true ones."""
-        weights = self.network.gate().weights[0].cpu()
+        with self.evaluating():
+            weights = self.network.gate().weights[0].cpu()
         return support_recovery(weights, datamodule.truth.mixture, not self.true_experts)
 
     @torch.no_grad()
@@ -199,7 +200,7 @@ class ExpertRecovery(MixtureModule):
             )
         if protocol == "error":
             test = datamodule.test
-            outputs = self.network(test.inputs.to(self.device)).outputs.cpu()
+            outputs = self._outputs(test.inputs)
             sums, metric = (outputs - test.targets).double().square().mean(1), "squared_error"
         else:
             found = self.recovery(datamodule)
@@ -226,5 +227,10 @@ class ExpertRecovery(MixtureModule):
             raise DataError(
                 f"predict takes N x {self.config.in_features} numbers, got {tuple(x.shape)}."
             )
-        outputs: Tensor = self.network(x.to(self.device)).outputs
+        return self._outputs(x)
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        """Answers N x T of the network, on the CPU."""
+        with self.evaluating():
+            outputs: Tensor = self.network(inputs.to(self.device)).outputs
         return outputs.cpu()

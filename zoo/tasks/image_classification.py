@@ -17,10 +17,17 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.configs import build
-from zoo.data.images import ImageBatch, ImageDataModule, ImagePreprocessing, read_image, resize
+from zoo.data.images import (
+    ImageBatch,
+    ImageDataModule,
+    ImagePreprocessing,
+    picture_pixels,
+    read_image,
+    resize,
+)
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs
 from zoo.tasks.optimization import OptimizerConfig
 
 __all__ = ["ImageClassifier", "ImagePrediction", "images_of"]
@@ -329,7 +336,8 @@ class ImageClassifier(ZooModule):
     def _classify(self, images: Tensor) -> Tensor:
         """Logits of normalised images, on the CPU."""
         dtype = next(self.published_network.parameters()).dtype
-        logits: Tensor = self.published_network(self._placed(images.to(self.device, dtype)))
+        with self.evaluating():
+            logits: Tensor = self.published_network(self._placed(images.to(self.device, dtype)))
         return logits.float().cpu()
 
     def _known_preprocessing(self) -> ImagePreprocessing:
@@ -363,13 +371,14 @@ class ImageClassifier(ZooModule):
             top_k: number of classes to name, at most all.
 
         Raises:
-            ConfigError: `top_k` is not positive.
+            ConfigError: `top_k` is no positive whole number.
             DataError: a file is missing or no picture, or an array has a wrong shape, type or
                 range.
         """
-        if top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, got {top_k}")
+        top_k = check_count("top_k", top_k)
         preprocessing = self._known_preprocessing()
+        if tuple(getattr(images, "shape", (1,)))[:1] == (0,):
+            raise DataError("predict got no images.")
         single = isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence)
         inputs = [
             preprocessing.normalise(checked)
@@ -402,7 +411,12 @@ def images_of(image: Any, preprocessing: ImagePreprocessing) -> list[Tensor]:
         picture = read_image(Path(image).expanduser(), preprocessing.channels)
         return [resize(picture, preprocessing.size)]
     if isinstance(image, np.ndarray):
-        tensor = torch.from_numpy(np.ascontiguousarray(image))
+        try:
+            tensor = torch.from_numpy(np.ascontiguousarray(image))
+        except TypeError:
+            raise DataError(
+                f"Images must be uint8 or floating point, got an array of {image.dtype}."
+            ) from None
         if tensor.ndim >= 3 and tensor.shape[-1] == preprocessing.channels:
             tensor = tensor.movedim(-1, -3)
         elif tensor.ndim >= 3 and preprocessing.channels > 1:
@@ -413,9 +427,10 @@ def images_of(image: Any, preprocessing: ImagePreprocessing) -> list[Tensor]:
     elif isinstance(image, Tensor):
         tensor = image
     elif hasattr(image, "convert"):  # a PIL image
-        mode = "L" if preprocessing.channels == 1 else "RGB"
-        pixels = np.asarray(image.convert(mode)).copy()
-        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+        try:
+            pixels = picture_pixels(image, "that was given", preprocessing.channels).copy()
+        except (OSError, SyntaxError) as error:  # it is only read now
+            raise DataError(f"Cannot read the picture that was given: {error}.") from None
         return [resize(torch.from_numpy(pixels).movedim(-1, 0), preprocessing.size)]
     else:
         raise DataError(
@@ -436,6 +451,8 @@ def _checked(tensor: Tensor, preprocessing: ImagePreprocessing) -> Tensor:
             f"A tensor of shape {tuple(tensor.shape)} is no image: expected {channels} x H x W."
         )
     ImageClassifier._check_shape(tensor, preprocessing)
+    if not len(tensor):
+        raise DataError(f"There are no images in a batch of shape {tuple(tensor.shape)}.")
     if tensor.dtype == torch.uint8:
         return tensor
     if not tensor.is_floating_point():

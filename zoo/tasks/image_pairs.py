@@ -185,7 +185,8 @@ class ImagePairClassifier(MixtureModule):
     def _classify(self, images: Tensor) -> Tensor:
         """Logits B x 2 x C of normalised canvases, on the CPU."""
         dtype = next(self.network.parameters()).dtype
-        logits: Tensor = self.network(images.to(self.device, dtype)).outputs
+        with self.evaluating():
+            logits: Tensor = self.network(images.to(self.device, dtype)).outputs
         return logits.float().cpu()
 
     def _known_preprocessing(self) -> ImagePreprocessing:

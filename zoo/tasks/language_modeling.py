@@ -84,9 +84,14 @@ def sample_token(
             p together (nucleus sampling, arXiv:1904.09751); at least one.
         generator: source of randomness; None for the global one.
     """
-    if temperature == 0:
+    # Below the normal numbers of float32 there is nothing to divide by.
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    scaled = logits.float() / temperature
+    if not scaled.isfinite().all():
+        # Distances from the likeliest token cannot overflow but to minus infinity.
+        scaled = (logits.float() - logits.float().amax(-1, keepdim=True)) / temperature
+    logits = scaled
     if top_k is not None and top_k < logits.shape[-1]:
         smallest_kept = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
@@ -106,7 +111,8 @@ class TextStream(Iterator[str]):
 
     Attributes:
         text: what has been written so far, without the prompt.
-        state: what the model remembers after `text`; hand it to the next call to go on.
+        state: what the model remembers after `text`, at any moment; hand it to the next call to go
+            on.
     """
 
     def __init__(
@@ -116,29 +122,42 @@ class TextStream(Iterator[str]):
         state: LanguageModelState | None,
         **sampling: Any,
     ) -> None:
-        self._model, self._prompt, self.state, self._sampling = model, prompt, state, sampling
+        self._model, self._state, self._sampling = model, state, sampling
         self._left: int = sampling.pop("max_new_tokens")
         seed = sampling.pop("seed")
         self._generator = None
         if seed is not None:
             self._generator = torch.Generator(model.device).manual_seed(seed)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._pending = prompt.to(model.device).long()[None]
+        self._unread: Tensor | None = prompt.to(model.device).long()[None]
+        self._logits = torch.empty(0)
         self.text = ""
 
     def __iter__(self) -> TextStream:
         return self
 
     @torch.no_grad()
+    def _read(self) -> None:
+        """Let the model read what is written and it has not read; logits of the next byte stay."""
+        if self._unread is None:
+            return
+        with self._model.evaluating():
+            logits, self._state = self._model.network(self._unread, self._state)
+        self._logits, self._unread = logits[:, -1], None
+
+    @property
+    def state(self) -> LanguageModelState:
+        """What the model remembers after the prompt and `text`."""
+        self._read()
+        assert self._state is not None
+        return self._state
+
     def __next__(self) -> str:
         while self._left > 0:
+            self._read()
+            token = sample_token(self._logits, generator=self._generator, **self._sampling)
+            self._unread = token[:, None]
             self._left -= 1
-            logits, self.state = self._model.network(self._pending, self.state)
-            token = sample_token(logits[:, -1], generator=self._generator, **self._sampling)
-            self._pending = token[:, None]
-            if self._left == 0:
-                # The state is to hold all of the text, so that the next call can go on after it.
-                _, self.state = self._model.network(self._pending, self.state)
             piece = self._decoder.decode(bytes(token.tolist()), final=self._left == 0)
             if piece:  # empty in the middle of a character of several bytes
                 self.text += piece
@@ -285,7 +304,8 @@ class LanguageModel(ZooModule):
         sums, counts = [], []
         if protocol == "blocks":
             for batch in track(datamodule.blocks(), "blocks"):
-                losses = self._losses(batch.tokens.to(self.device), None)[0]
+                with self.evaluating():
+                    losses = self._losses(batch.tokens.to(self.device), None)[0]
                 sums.append(losses.double().sum(1).cpu())
                 counts.append(torch.full((len(losses),), losses.shape[1]))
             expected = len(datamodule.validation_text) - 1
@@ -313,7 +333,8 @@ class LanguageModel(ZooModule):
         segment = self.config.segment
         tokens = torch.cat((torch.tensor([START]), text)).to(self.device)
         for start in range(0, len(text), segment):
-            losses, state = self._losses(tokens[None, start : start + segment + 1], state)
+            with self.evaluating():  # not around the loop, in the middle of which others run
+                losses, state = self._losses(tokens[None, start : start + segment + 1], state)
             yield losses[0]
 
     # ------------------------------------------------------------------- usage
@@ -326,10 +347,12 @@ class LanguageModel(ZooModule):
             texts: one text or several, of any length.
 
         Raises:
-            DataError: a text is empty or not a string.
+            DataError: there are no texts, or one is empty or not a string.
         """
         if not isinstance(texts, (str, Sequence)):
             raise DataError(f"predict takes texts, got {type(texts).__name__}.")
+        if not isinstance(texts, str) and not len(texts):
+            raise DataError("predict got no texts.")
         scores = []
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):

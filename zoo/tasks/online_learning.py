@@ -28,13 +28,18 @@ from zoo.families.online_ensemble import (
 from zoo.families.online_ensemble.learners import MomentLearner
 from zoo.files import WEIGHTS_FILE, format_json
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs
 from zoo.tasks.image_classification import FromPixels, ImagePrediction, images_of
 from zoo.tasks.optimization import OptimizerConfig
 
 __all__ = ["OnlineClassifier", "encoder_of_a_checkpoint"]
 
 _BATCH = 200
+
+
+def _unnamed(number: int) -> str:
+    """What a class is called that nobody has named."""
+    return f"class {number}"
 
 
 class OnlineClassifier(ZooModule):
@@ -144,11 +149,10 @@ class OnlineClassifier(ZooModule):
             top_k: number of classes to name, at most all that were seen.
 
         Raises:
-            ConfigError: `top_k` is not positive.
+            ConfigError: `top_k` is no positive whole number.
             DataError: an image is no such thing, or nothing has been learned yet.
         """
-        if top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, got {top_k}")
+        top_k = check_count("top_k", top_k)
         names = self._known_preprocessing().classes
         k = min(top_k, int(self.network.learner.seen.sum()))
         predictions = []
@@ -172,7 +176,7 @@ class OnlineClassifier(ZooModule):
                 channels=3 if encoder.channels == 3 else 1,
                 mean=(0.0,) * encoder.channels,
                 std=(1.0,) * encoder.channels,
-                classes=("class 0", "class 1"),
+                classes=(_unnamed(0), _unnamed(1)),
             )
         return self.preprocessing
 
@@ -181,7 +185,7 @@ class OnlineClassifier(ZooModule):
         known = self._known_preprocessing()
         extra = range(len(known.classes), self.network.learner.num_classes)
         if extra:
-            names = (*known.classes, *(f"class {index}" for index in extra))
+            names = (*known.classes, *map(_unnamed, extra))
             self.preprocessing = dataclasses.replace(known, classes=names)
 
     def _images(self, images: Any) -> Tensor:
@@ -207,7 +211,8 @@ class OnlineClassifier(ZooModule):
         encoder = self.network.config.encoder
         assert isinstance(encoder, EncoderConfig)
         parts = torch.split(images.to(self.device, self._precision), encoder.batch_size)
-        return torch.cat([self.network.forward_features(part) for part in parts])
+        with self.evaluating():
+            return torch.cat([self.network.forward_features(part) for part in parts])
 
     @property
     def _precision(self) -> torch.dtype:
@@ -215,21 +220,42 @@ class OnlineClassifier(ZooModule):
 
     def _scores(self, encodings: Tensor) -> Tensor:
         try:
-            return self.network.forward_head(encodings)
+            with self.evaluating():
+                return self.network.forward_head(encodings)
         except ValueError as error:
             raise DataError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
 
     # ----------------------------------------------------------------- training
 
     def bind(self, datamodule: StreamDataModule) -> None:
-        """Agree with a data module on the images; names of classes that are known stay.
+        """Agree with a data module on the images; names of classes that were learned stay.
 
         Raises:
-            ConfigError: the images do not fit the encoder.
+            ConfigError: the images do not fit the encoder, or the data call a class by another name
+                than the model.
         """
         data = datamodule.preprocessing
         self._check_fit(self.network.config, data)
-        self.preprocessing = data
+        self.preprocessing = dataclasses.replace(data, classes=self._all_classes(data.classes))
+        self._name_classes()
+
+    def _all_classes(self, of_data: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of the classes of data and of those that the model has learned.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        known = () if self.preprocessing is None else self.preprocessing.classes
+        if not self.network.learner.seen.any():
+            return of_data
+        for number, (theirs, ours) in enumerate(zip(of_data, known, strict=False)):
+            # A class that came without a name has its number for one, until data name it.
+            if theirs != ours != _unnamed(number):
+                raise ConfigError(
+                    f"The data's class {number} is {theirs!r}, the model's is {ours!r}; a stream "
+                    "goes on with the same classes in the same order."
+                )
+        return (*of_data, *known[len(of_data) :])
 
     def configure_optimizers(self) -> None:
         """None: the learner updates itself."""
@@ -242,7 +268,8 @@ class OnlineClassifier(ZooModule):
         if not isinstance(datamodule, self.data_class):
             return
         self.bind(datamodule)
-        self.record = StreamRecord(len(datamodule.classes), datamodule.stream.task_classes)
+        classes = max(len(datamodule.classes), self.network.learner.num_classes)
+        self.record = StreamRecord(classes, datamodule.stream.task_classes)
         self._encodings, self._test_encodings = self._kept_encodings(datamodule)
 
     def load_encoder(self, name: str | os.PathLike[str]) -> None:
@@ -264,21 +291,28 @@ class OnlineClassifier(ZooModule):
     def _take_encoder(
         self, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     ) -> None:
-        """Give the encoder the tensors of a file, renamed by `convert`."""
+        """Give the encoder all tensors of a file, renamed by `convert`, or none."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            self.network.encoder.load_state_dict(convert(load_file(path)))
+            state = convert(load_file(path))
+            # torch copies what fits before it says what does not.
+            copy.deepcopy(self.network.encoder).load_state_dict(state)
+        except OSError as error:
+            raise ZooError(f"Cannot read {path}: {error.strerror or error}.") from None
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ZooError(f"{path} has no encoder of this kind: {reason}") from None
+        self.network.encoder.load_state_dict(state)
 
     def _encoder_digest(self) -> str:
         """Of the encoder's configuration and weights, in hexadecimal."""
         digest = hashlib.sha256(format_json(to_json(self.network.config.encoder)))
         for tensor in self.network.encoder.state_dict().values():
-            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+            # As bytes, since numpy has no bfloat16.
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def _kept_encodings(self, datamodule: Any) -> tuple[Tensor, Tensor]:
@@ -331,7 +365,7 @@ class OnlineClassifier(ZooModule):
         if self.trainer.logger is None:
             return
         named = datamodule.classes
-        found = self.record.per_class[-1].tolist()
+        found = self.record.per_class[-1, : len(named)].tolist()
         values = {f"class_accuracy/{name}": value for name, value in zip(named, found, strict=True)}
         learner = self.network.learner
         if step == len(datamodule.stream) and isinstance(learner, (GatedEnsemble, RidgeEnsemble)):

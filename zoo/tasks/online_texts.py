@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,7 +123,7 @@ class OnlineTextClassifier(OnlineClassifier):
             top_k: number of classes to name, at most all that were seen.
 
         Raises:
-            ConfigError: `top_k` is not positive, or there is no vocabulary yet.
+            ConfigError: `top_k` is no positive whole number, or there is no vocabulary yet.
             DataError: a text is no string or empty, or nothing has been learned yet.
         """
         return super().predict(texts, top_k=top_k)
@@ -152,7 +152,8 @@ class OnlineTextClassifier(OnlineClassifier):
         return torch.cat(encoded)[torch.tensor(order, device=self.device).argsort()]
 
     def _encode(self, tokens: Tensor) -> Tensor:
-        return self.network.forward_features(tokens.to(self.device))
+        with self.evaluating():
+            return self.network.forward_features(tokens.to(self.device))
 
     # ----------------------------------------------------------------- training
 
@@ -169,27 +170,30 @@ class OnlineTextClassifier(OnlineClassifier):
             ZooError: there is no such folder, or its encoder is another one.
         """
         folder = Path(name)
+        convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = convert_minilm
         if str(name) == ENCODER and not folder.is_dir():
-            self._take_words(read_vocabulary(locate("minilm-vocabulary")))
-            self._take_encoder(locate("minilm-weights"), convert_minilm)
+            words = self._with_vocabulary(read_vocabulary(locate("minilm-vocabulary")))
+            weights = locate("minilm-weights")
         elif (folder / _VOCABULARY_FILE).is_file():
-            self._take_words(read_vocabulary(folder / _VOCABULARY_FILE))
-            self._take_encoder(folder / WEIGHTS_FILE, convert_minilm)
+            words = self._with_vocabulary(read_vocabulary(folder / _VOCABULARY_FILE))
+            weights = folder / WEIGHTS_FILE
         else:
             if not folder.is_dir():
                 folder = pretrained_folder(str(name))
-            path = folder / CONFIG_FILE
+            path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
             stored = read_json(path).get("preprocessing") if path.is_file() else None
-            if not stored or not (folder / WEIGHTS_FILE).is_file():
+            if not stored or not weights.is_file():
                 raise ZooError(
                     f"No encoder of texts at {str(name)!r}: neither {ENCODER!r}, nor a folder with "
                     f"{WEIGHTS_FILE} and {_VOCABULARY_FILE}, nor a checkpoint of this architecture."
                 )
-            self._take_words(build(WordPieces, stored, str(path)).vocabulary)
-            self._take_encoder(folder / WEIGHTS_FILE, encoder_of_a_checkpoint)
+            words = self._with_vocabulary(build(WordPieces, stored, str(path)).vocabulary)
+            convert = encoder_of_a_checkpoint
+        self._take_encoder(weights, convert)
+        self.preprocessing = words
 
-    def _take_words(self, vocabulary: tuple[str, ...]) -> None:
-        """Read with another vocabulary; names of classes that are known stay."""
+    def _with_vocabulary(self, vocabulary: tuple[str, ...]) -> WordPieces:
+        """What reads with another vocabulary; names of classes that are known stay."""
         network = self.network.config
         assert isinstance(network, OnlineTextNetworkConfig)
         if self.preprocessing is not None:
@@ -199,16 +203,19 @@ class OnlineTextClassifier(OnlineClassifier):
             classes = ("class 0", "class 1")
             words = WordPieces(vocabulary=vocabulary, length=length, classes=classes)
         self._check_fit(network, words)
-        self.preprocessing = words
+        return words
 
     def bind(self, datamodule: TextStreamDataModule) -> None:  # type: ignore[override]
-        """Agree with a data module on the names of classes.
+        """Agree with a data module on the names of classes; those that were learned stay.
 
         Raises:
-            ConfigError: there is no vocabulary yet.
+            ConfigError: there is no vocabulary yet, or the data call a class by another name than
+                the model.
         """
         known = self._known_preprocessing()
-        self.preprocessing = dataclasses.replace(known, classes=datamodule.classes)
+        classes = self._all_classes(datamodule.classes)
+        self.preprocessing = dataclasses.replace(known, classes=classes)
+        self._name_classes()
 
     def _kept_encodings(self, datamodule: TextStreamDataModule) -> tuple[Tensor, Tensor]:
         encoder = self._encoder_digest()

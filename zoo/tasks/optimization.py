@@ -31,7 +31,7 @@ class OptimizerConfig:
     """Not applied to vectors or to what the network exempts. Decoupled; of SGD, part of the
     gradient."""
     momentum: float = 0.9
-    """Of SGD, in (0, 1)."""
+    """Of SGD and of Muon, in (0, 1)."""
     schedule: Literal["linear", "cosine", "constant", "one-cycle"] = "linear"
     """Shape of the decay from the peak to zero, over all steps. With "one-cycle" it is a cosine
     that starts where the warm-up ends, so that the peak is reached."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,7 +29,7 @@ from zoo.families.dselect_k import (
     RecommenderNet,
 )
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs
 from zoo.tasks.mixtures import MixtureModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -391,7 +391,8 @@ class Recommender(MixtureModule):
 
     def _outputs(self, users: Tensor, items: Tensor) -> Tensor:
         """Outputs B x T of the network, on the CPU."""
-        outputs: Tensor = self.network(users.to(self.device), items.to(self.device)).outputs
+        with self.evaluating():
+            outputs: Tensor = self.network(users.to(self.device), items.to(self.device)).outputs
         return outputs.float().cpu()
 
     def _score(self, outputs: Tensor) -> Tensor:
@@ -534,10 +535,13 @@ class Recommender(MixtureModule):
             pairs: ids of users and ids or titles of items.
 
         Raises:
-            DataError: there is no pair.
+            DataError: there is no pair, or something that is none.
             UnknownNameError: an id or a title is not known.
         """
-        listed = [(self._user(user), self._item(item)) for user, item in pairs]
+        given = _in_a_list(pairs)
+        if given is None:
+            raise DataError(f"predict takes pairs of a user and an item, got {pairs!r:.60}.")
+        listed = [self._pair(pair) for pair in given]
         if not listed:
             raise DataError("predict got no pairs of a user and an item.")
         users, items = torch.tensor(listed).T
@@ -553,6 +557,13 @@ class Recommender(MixtureModule):
             for (user, item), values in zip(listed, map(self._readable, outputs), strict=True)
         ]
 
+    def _pair(self, pair: Any) -> tuple[int, int]:
+        both = _in_a_list(pair)
+        # A text of two characters is a sequence of two as well.
+        if both is None or len(both) != 2:
+            raise DataError(f"predict takes pairs of a user and an item, got {pair!r:.60}.")
+        return self._user(both[0]), self._item(both[1])
+
     def _readable(self, outputs: Tensor) -> dict[str, float]:
         """Score from 0 to 1 and rating within the scale, by task, of T outputs."""
         low, high = self.catalogue.scale
@@ -566,7 +577,7 @@ class Recommender(MixtureModule):
         user: str | int | None = None,
         k: int = 10,
         *,
-        liked: Sequence[str | int] | None = None,
+        liked: Iterable[str | int] | None = None,
         exclude_seen: bool = True,
     ) -> list[Recommendation]:
         """The best k items for a user, or for someone new who likes some titles.
@@ -580,27 +591,31 @@ class Recommender(MixtureModule):
                 is liked.
 
         Raises:
-            ConfigError: `k` is not positive, or not exactly one of `user` and `liked` is given.
-            DataError: `liked` is empty, or what the user has seen is not known.
+            ConfigError: `k` is no positive whole number, or not exactly one of `user` and `liked`
+                is given.
+            DataError: `liked` is empty or no list, or what the user has seen is not known.
             UnknownNameError: an id or a title is not known.
         """
-        if k < 1:
-            raise ConfigError(f"k must be at least 1, got {k}")
+        k = check_count("k", k)
         if (user is None) == (liked is None):
             raise ConfigError("recommend needs a user or a list of liked items, and not both.")
-        if liked is not None:
-            if isinstance(liked, str) or not liked:
-                raise DataError("liked must be a list of at least one title or id.")
-            seen = torch.tensor([self._item(item) for item in liked])
-            vector = self._fold_in(seen)
-        else:
-            assert user is not None
-            index = self._user(user)
-            seen = self._seen(index) if exclude_seen else torch.tensor([], dtype=torch.long)
+        with self.evaluating():
+            if liked is not None:
+                named = _in_a_list(liked)
+                if not named:
+                    raise DataError(
+                        f"liked must be a list of at least one title or id, got {liked!r:.60}."
+                    )
+                seen = torch.tensor([self._item(item) for item in named])
+                vector = self._fold_in(seen)
+            else:
+                assert user is not None
+                index = self._user(user)
+                seen = self._seen(index) if exclude_seen else torch.tensor([], dtype=torch.long)
+                with torch.no_grad():
+                    vector = self.network.user_vectors(torch.tensor([index], device=self.device))
             with torch.no_grad():
-                vector = self.network.user_vectors(torch.tensor([index], device=self.device))
-        with torch.no_grad():
-            outputs = self._of_all_items(vector).float().cpu()
+                outputs = self._of_all_items(vector).float().cpu()
         scores = self._score(outputs).clone()
         if exclude_seen:
             scores[seen] = -math.inf
@@ -660,14 +675,14 @@ class Recommender(MixtureModule):
             k: length of the list.
 
         Raises:
-            ConfigError: `k` is not positive.
+            ConfigError: `k` is no positive whole number.
             UnknownNameError: the id or title is not known.
         """
-        if k < 1:
-            raise ConfigError(f"k must be at least 1, got {k}")
+        k = check_count("k", k)
         index = self._item(item)
         every = torch.arange(len(self.catalogue.items), device=self.device)
-        vectors = F.normalize(self.network.item_vectors(every).float(), dim=1)
+        with self.evaluating():
+            vectors = F.normalize(self.network.item_vectors(every).float(), dim=1)
         cosines = (vectors @ vectors[index]).cpu()
         cosines[index] = -math.inf
         best = cosines.topk(min(k, len(cosines) - 1))
@@ -690,7 +705,8 @@ class Recommender(MixtureModule):
             raise ZooError("This model has no experts to explain by.")
         pair = self._user(user), self._item(item)
         users, items = (torch.tensor([index], device=self.device) for index in pair)
-        output = self.network(users, items)
+        with self.evaluating():
+            output = self.network(users, items)
         values = self._readable(output.outputs[0].float().cpu())
         tasks = []
         for task, weights in zip(self.task_names, output.routing.weights[0], strict=True):
@@ -703,6 +719,16 @@ class Recommender(MixtureModule):
             title=self.titles[pair[1]],
             tasks=tuple(tasks),
         )
+
+
+def _in_a_list(several: Any) -> list[Any] | None:
+    """What a user has given several of; None where it is one thing, as a text is."""
+    if isinstance(several, (str, bytes)) or not isinstance(several, Iterable):
+        return None
+    try:
+        return list(several)
+    except TypeError:  # an array or a tensor of one number
+        return None
 
 
 class FactorisationRecommender(Recommender):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from zoo.families.continuous_depth.trajectories import (
     build_trajectory_network,
 )
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs
 from zoo.tasks.continuous_depth import TaskSolverKnob
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -135,7 +135,8 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
         for start in track(starts, "spirals", len(starts)):
             rows = slice(start, start + _BATCH)
             times, values = spirals.times[rows].to(self.device), spirals.values[rows]
-            predicted = self.network(times, values.to(self.device), at).cpu()
+            with self.evaluating():
+                predicted = self.network(times, values.to(self.device), at).cpu()
             gap = (predicted - spirals.truth[rows, WINDOW:]).double()
             errors.append(gap.square().mean((1, 2)).sqrt())
         sums = torch.cat(errors)
@@ -153,7 +154,8 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
     def block_states(self, datamodule: SpiralDataModule) -> list[tuple[ODEBlock, Tensor]]:  # type: ignore[override]
         assert isinstance(self.network, LatentODE)
         spirals = datamodule.test
-        z0, _ = self.network.encode(spirals.times[:_DIAGNOSED], spirals.values[:_DIAGNOSED])
+        with self.evaluating():
+            z0, _ = self.network.encode(spirals.times[:_DIAGNOSED], spirals.values[:_DIAGNOSED])
         solver = dataclasses.replace(self.network.flow.solver, steps=WINDOW, gradient="discrete")
         return [(ODEBlock(self.network.flow.field, solver, (0.0, 2 * WINDOW * SPACING)), z0)]
 
@@ -177,16 +179,18 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             seed: makes the draws repeatable.
 
         Raises:
-            DataError: observations are too few, not finite, or do not fit together.
+            ConfigError: `draws` is no whole number, or negative.
+            DataError: observations or times are no numbers, too few, not finite, or do not fit
+                together.
             ZooError: the recurrent network is asked for draws, or for a time before the last.
         """
-        if draws < 0:
-            raise ZooError(f"draws must be at least 0, got {draws}.")
+        draws = check_count("draws", draws, 0)
         if draws and not isinstance(self.network, LatentODE):
             raise ZooError("A recurrent network has no latent state to draw; use draws=0.")
         wanted = None
         if at is not None:
-            wanted = tuple(float(t) for t in torch.as_tensor(at, dtype=torch.float64).flatten())
+            moments = _numbers(at, "Times to predict").flatten()
+            wanted = tuple(float(t) for t in moments)
             if not wanted:
                 raise DataError("Give at least one time to predict.")
         generator = torch.Generator()
@@ -194,9 +198,9 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             generator.seed()
         else:
             generator.manual_seed(seed)
-        pairs = [cast(Observed, observed)] if isinstance(observed, tuple) else list(observed)
         return [
-            self._extrapolate(times, values, wanted, draws, generator) for times, values in pairs
+            self._extrapolate(times, values, wanted, draws, generator)
+            for times, values in _pairs(observed)
         ]
 
     def _extrapolate(
@@ -208,8 +212,8 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
         generator: torch.Generator,
     ) -> Extrapolation:
         dtype = next(self.network.parameters()).dtype
-        moments = torch.as_tensor(times, dtype=dtype, device=self.device)
-        points = torch.as_tensor(values, dtype=dtype, device=self.device)
+        moments = _numbers(times, "Times of observations").to(self.device, dtype)
+        points = _numbers(values, "Observations").to(self.device, dtype)
         if moments.ndim != 1 or points.shape != (len(moments), self.config.dim):
             raise DataError(
                 f"Expected N times and N x {self.config.dim} values, got {tuple(moments.shape)} "
@@ -225,13 +229,51 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             at = tuple(float(moments[-1]) + (i + 1) * self.config.spacing for i in range(HORIZON))
         network = self.network
         try:
-            mean = network(moments[None], points[None], at)[0].cpu()
-            drawn = mean[None][:0]
-            if draws:
-                assert isinstance(network, LatentODE)
-                centre, log_std = network.encode(moments[None], points[None])
-                noise = torch.randn(draws, centre.shape[1], generator=generator).to(centre)
-                drawn = network.decode(centre + noise * log_std.exp(), at).cpu()
+            with self.evaluating():
+                mean = network(moments[None], points[None], at)[0].cpu()
+                drawn = mean[None][:0]
+                if draws:
+                    assert isinstance(network, LatentODE)
+                    centre, log_std = network.encode(moments[None], points[None])
+                    noise = torch.randn(draws, centre.shape[1], generator=generator).to(centre)
+                    drawn = network.decode(centre + noise * log_std.exp(), at).cpu()
         except ValueError as error:
             raise ZooError(f"{error}.") from None
         return Extrapolation(times=at, mean=mean, draws=drawn)
+
+
+def _numbers(given: Any, what: str) -> Tensor:
+    """What a user has given as numbers, float64.
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        return torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"{what} must be numbers, got {given!r:.60}.") from None
+
+
+def _pairs(observed: Any) -> list[Observed]:
+    """Pairs of times and values, of which one may come alone; lists and tuples are alike.
+
+    Raises:
+        DataError: it is something else.
+    """
+    listed = None if isinstance(observed, str) or not hasattr(observed, "__iter__") else [*observed]
+    if listed is not None and len(listed) == 2 and _is_row(listed[0]):
+        return [(listed[0], listed[1])]
+    pairs = []
+    for pair in [observed] if listed is None else listed:
+        if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+            raise DataError(f"predict takes pairs of times and values, got {pair!r:.60}.")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def _is_row(given: Any) -> bool:
+    """Whether something is a row of numbers: the times of one pair, and no pair itself."""
+    try:
+        return torch.as_tensor(given).ndim == 1
+    except (TypeError, ValueError, RuntimeError):
+        return False
