@@ -334,3 +334,31 @@ def test_large_images_are_encoded_a_few_at_a_time() -> None:
     assert max(sizes) == encoder.batch_size == 6
     alone = [m.predict(image)[0].probabilities for image in images]
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-9)
+
+
+def test_what_was_encoded_for_the_stream_is_not_encoded_again(tmp_path: Path) -> None:
+    options = ["data.path=" + str(folder(tmp_path / "own")), *TINY]
+    done = training.fit(
+        training.read_recipe("online-ensemble.split-mnist", options), out=tmp_path / "run"
+    )
+    encoder, calls = done.module.network.encoder, 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    encoder.register_forward_pre_hook(count)
+    known = done.module.measure(done.datamodule, "test")
+    assert calls == 0
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter += 0.0  # in place, and of the same value
+    assert torch.equal(done.module.measure(done.datamodule, "test").sums, known.sums)
+    assert calls == 0
+    loaded = checkpoints.load(tmp_path / "run" / "checkpoint")
+    again = loaded.measure(done.datamodule, "test")
+    torch.testing.assert_close(again.sums, known.sums)
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(2)
+    done.module.measure(done.datamodule, "test")
+    assert calls > 0, "another encoder encodes anew"

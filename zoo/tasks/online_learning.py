@@ -88,6 +88,7 @@ class OnlineClassifier(ZooModule):
         self.record: StreamRecord | None = None
         self._encodings: Tensor | None = None
         self._test_encodings: Tensor | None = None
+        self._encoded: tuple[Any, str] | None = None
 
     @property
     def config(self) -> OnlineNetworkConfig:
@@ -271,6 +272,7 @@ class OnlineClassifier(ZooModule):
         classes = max(len(datamodule.classes), self.network.learner.num_classes)
         self.record = StreamRecord(classes, datamodule.stream.task_classes)
         self._encodings, self._test_encodings = self._kept_encodings(datamodule)
+        self._encoded = datamodule, self._encoder_digest()
 
     def load_encoder(self, name: str | os.PathLike[str]) -> None:
         """Take the encoder of a checkpoint folder, or of a weight that is bundled.
@@ -441,6 +443,14 @@ class OnlineClassifier(ZooModule):
                 ]
             )
 
+    def _encodings_of_tests(self, datamodule: Any) -> Tensor:
+        """Those of a stream that was just learned, where these are its data and its encoder."""
+        if self._encoded is not None and self._test_encodings is not None:
+            data, digest = self._encoded
+            if data is datamodule and digest == self._encoder_digest():
+                return self._test_encodings
+        return self._encode_test(datamodule)
+
     def _encode_test(self, datamodule: Any) -> Tensor:
         """Encodings of what is tested, computed anew."""
         self._check_fit(self.network.config, datamodule.preprocessing)
@@ -462,7 +472,7 @@ class OnlineClassifier(ZooModule):
         classes, labels = datamodule.classes, datamodule.test_labels
         if classes != self._known_preprocessing().classes[: len(classes)]:
             raise DataError("The classes of the data are not those of the model.")
-        predicted = self._classify(self._encode_test(datamodule))
+        predicted = self._classify(self._encodings_of_tests(datamodule))
         if len(predicted) != len(labels):
             raise AssertionError(f"counted {len(predicted)} {self.unit}s of {len(labels)}")
         return Measurement(
