@@ -50,6 +50,7 @@ __all__ = [
     "LoadReport",
     "Migration",
     "convert",
+    "holds",
     "load",
     "read_config",
     "read_training",
@@ -150,20 +151,13 @@ def save(
         CheckpointError: When the folder holds something else, or cannot be written; or when the
             module does not know its preprocessing yet.
     """
-    entry = architecture_of(type(module))
     if module.preprocessing_config is not None and module.preprocessing is None:
         raise CheckpointError(
-            f"This {entry.name} does not know its preprocessing: train it, or pass preprocessing."
+            f"This {architecture_of(type(module)).name} does not know its preprocessing: train it, "
+            f"or pass preprocessing."
         )
-    config = CheckpointConfig(
-        architecture=entry.name,
-        family=entry.family,
-        task=entry.task,
-        network=to_json(module.config),
-        preprocessing={} if module.preprocessing is None else to_json(module.preprocessing),
-    )
     contents = {
-        CONFIG_FILE: format_json(to_json(config)),
+        CONFIG_FILE: format_json(to_json(_config(module))),
         WEIGHTS_FILE: _serialised(module.published_network, _dtype(dtype)),
     }
     if recipe is not None:
@@ -173,6 +167,17 @@ def save(
     if card is not None:
         contents[CARD_FILE] = render(card).encode()
     _write_folder(Path(folder), contents)
+
+
+def _config(module: ZooModule) -> CheckpointConfig:
+    entry = architecture_of(type(module))
+    return CheckpointConfig(
+        architecture=entry.name,
+        family=entry.family,
+        task=entry.task,
+        network=to_json(module.config),
+        preprocessing={} if module.preprocessing is None else to_json(module.preprocessing),
+    )
 
 
 def _serialised(network: nn.Module, dtype: torch.dtype | None) -> bytes:
@@ -245,6 +250,25 @@ def read_config(folder: str | os.PathLike[str]) -> CheckpointConfig:
     """
     path = _checked_folder(folder) / CONFIG_FILE
     return _parse_config(read_bytes(path), path)[0]
+
+
+def holds(folder: str | os.PathLike[str], module: ZooModule) -> bool:
+    """Whether a checkpoint folder is what `save` would write of a module now, bit for bit.
+
+    Raises:
+        CheckpointError: When the folder is no checkpoint, or a damaged one.
+        ConfigError: When its configuration is not valid.
+        UnknownNameError: When there is no such architecture.
+    """
+    folder = Path(folder)
+    if read_config(folder) != _config(module):
+        return False
+    path = folder / WEIGHTS_FILE
+    stored, own = _parse_weights(read_bytes(path), path), _tensors(module.published_network)
+    return stored.keys() == own.keys() and all(
+        stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor.detach().cpu())
+        for name, tensor in own.items()
+    )
 
 
 def load(

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FineTuned", "detect", "finetune", "rows"]
 
+_BASE = "base"
+"""In a run folder: the base, where it came from memory."""
+
 _BEFORE = "before.json"
 _KINDS = {
     "images": "a folder with one folder of pictures for each class",
@@ -153,7 +156,7 @@ def finetune(
             "data": kind,
             "weight": f"{entry.name}.{tag}",
             "finetune": {
-                "base_model": str(folder / "base") if in_memory else source,
+                "base_model": str(folder / _BASE) if in_memory else source,
                 "freeze": freeze if freeze is None or isinstance(freeze, str) else list(freeze),
                 "adapters": adapters,
                 "rank": rank,
@@ -194,10 +197,15 @@ def finetune(
         _sizes(base, datamodule, num_classes, fixed=in_memory)
     )
 
+    # Of a base in memory the recipe says where its copy is, and not which weights those are.
+    begun = in_memory and (folder / "last.ckpt").exists() and (folder / _BASE).is_dir()
+    if begun and not checkpoints.holds(folder / _BASE, base):
+        raise ConfigError(f"{folder} holds a fine-tuning of other weights; choose another `out`.")
+
     def prepared(module: ZooModule, datamodule: Any) -> None:
         if _is_first_process():
             if in_memory:
-                checkpoints.save(base, folder / "base")
+                checkpoints.save(base, folder / _BASE)
             found = evaluation.evaluate_module(module, datamodule)
             values = {"outcomes": [_plain(outcome) for outcome in found]}
             files.write_json(folder / _BEFORE, values)

@@ -408,6 +408,30 @@ def test_another_fine_tuning_does_not_go_on_with_it(done: Any, base: Path, four:
     assert weights(done.finetuned.checkpoint) == before
 
 
+def test_a_module_in_memory_goes_on_with_its_own_run_alone(
+    base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is named after the data, whichever weights the module has."""
+    monkeypatch.chdir(tmp_path)
+    short = {**IMAGES, "epochs": 1, "lr": 0.01}
+    module = zoo.load(base, num_classes=4, seed=1)
+    first = zoo.finetune(module, four, **short).finetuned
+    trained = weights(first.checkpoint)
+    again = zoo.finetune(zoo.load(base, num_classes=4, seed=1), four, **short).finetuned
+    assert (again.folder, again.before) == (first.folder, first.before)
+    with torch.no_grad():
+        module.network.conv.weight += 1.0
+    for other in (module, zoo.load(base, num_classes=4, seed=2)):
+        with pytest.raises(ConfigError) as caught:
+            zoo.finetune(other, four, **short)
+        assert str(caught.value) == (
+            f"{first.folder} holds a fine-tuning of other weights; choose another `out`."
+        )
+    assert weights(first.checkpoint) == trained
+    moved = zoo.finetune(module, four, out="other", **short).finetuned
+    assert weights(moved.checkpoint) != trained
+
+
 def test_a_run_from_before_an_option_existed_goes_on() -> None:
     before = {"model": {"lr": 1.0}, "x": None}
     assert training._agree(before, {"model": {"lr": 1.0, "layer_decay": None}, "x": None})
