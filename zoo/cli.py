@@ -823,7 +823,7 @@ def _transfer(options: argparse.Namespace) -> int:
             out=out,
             data=options.data,
         )
-    transfer.write(options.name, points, out)
+    transfer.write(options.name, points, out, options.base)
     if options.json:
         from zoo.configs import to_json
 

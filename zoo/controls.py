@@ -89,6 +89,7 @@ def run(
 
     Raises:
         UnknownNameError: there is no such recipe.
+        ConfigError: a finished run was made with other options.
         ZooError: there are no controls, or a run is not possible.
     """
     folder = _folder(name, out)
@@ -100,10 +101,16 @@ def run(
                 f"{name} has no control {stem!r}.{nearest(stem, stems)}"
                 f" There are: {', '.join(stems)}."
             )
-    jobs = [(r, seed) for seed in seeds for r in recipes if only is None or r.path.stem in only]
+    _check_finished(recipes, folder, overrides)
+    jobs = [
+        (r, seed)
+        for seed in dict.fromkeys(seeds)
+        for r in recipes
+        if only is None or r.path.stem in only
+    ]
     for recipe, seed in track(jobs, "controls"):
         _train(recipe, seed, folder / recipe.path.stem / f"seed_{seed}", overrides)
-    return collect(name, out=folder, overrides=overrides)
+    return _collect(name, recipes, folder)
 
 
 def collect(
@@ -115,10 +122,15 @@ def collect(
     """The `Control` records of all finished runs; see `run`.
 
     Raises:
+        ConfigError: a run was made with other options.
         ZooError: a control has no finished run.
     """
-    folder = Path(out)
     recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
+    _check_finished(recipes, Path(out), overrides)
+    return _collect(name, recipes, Path(out))
+
+
+def _collect(name: str, recipes: Sequence[training.Recipe], folder: Path) -> list[Control]:
     speeds = _speeds(recipes)
     controls: list[Control] = []
     for protocol in _protocols(recipes[0]):
@@ -174,13 +186,25 @@ def _folder(name: str, out: str | os.PathLike[str] | None) -> Path:
     return Path("runs/controls") / name if out is None else Path(out)
 
 
+def _seeded(recipe: training.Recipe, seed: int, overrides: Sequence[str]) -> training.Recipe:
+    return training.read_recipe(
+        recipe.path, [*overrides, f"seed_everything={seed}", f"data.seed={seed}"]
+    )
+
+
+def _check_finished(
+    recipes: Sequence[training.Recipe], folder: Path, overrides: Sequence[str]
+) -> None:
+    """Check that all finished runs, of whatever seed, are of these recipes and overrides."""
+    for recipe in recipes:
+        for seed, path in _outcomes(folder / recipe.path.stem).items():
+            training.check_finished(_seeded(recipe, seed, overrides), path.parent)
+
+
 def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence[str]) -> None:
     if (folder / _OUTCOME).is_file():
         return
-    seeded = training.read_recipe(
-        recipe.path, [*overrides, f"seed_everything={seed}", f"data.seed={seed}"]
-    )
-    done = training.fit(seeded, out=folder, resume=True)
+    done = training.fit(_seeded(recipe, seed, overrides), out=folder, resume=True)
     measured = {}
     for protocol in done.module.protocols_on(done.datamodule):
         measurement = done.module.measure(done.datamodule, protocol)

@@ -39,6 +39,7 @@ __all__ = [
     "DATA_MODULES",
     "Recipe",
     "Run",
+    "check_finished",
     "data_module",
     "find_recipe",
     "fit",
@@ -64,6 +65,21 @@ DATA_MODULES: dict[str, str] = {
 """Data modules that a recipe can name."""
 
 _SECTIONS = ("zoo", "seed_everything", "trainer", "model", "data")
+_DECISIVE = (
+    "accumulate_grad_batches",
+    "fast_dev_run",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "max_epochs",
+    "max_steps",
+    "max_time",
+    "min_epochs",
+    "min_steps",
+    "overfit_batches",
+)
+"""Options of the trainer that decide what is learned; of the others, the machine and its owner."""
+
 _ZOO_KEYS = ("architecture", "data", "weight", "base", "name", "differs", "finetune")
 
 
@@ -269,11 +285,24 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
     Raises:
         ConfigError: an option is unknown or has a wrong value.
     """
+    return _cli(recipe, trainer)
+
+
+def _cli(recipe: Recipe, trainer: dict[str, Any], *, build: bool = True) -> Any:
+    """LightningCLI of a recipe; without `build` it has parsed the options and done no more."""
     from lightning.pytorch.cli import LightningCLI
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: Any) -> None:
             parser.exit_on_error = False
+
+        def _set_seed(self) -> None:
+            if build:
+                super()._set_seed()
+
+        def instantiate_classes(self) -> None:
+            if build:
+                super().instantiate_classes()
 
     module_class = architecture(recipe.architecture).module_class()
     data_class = _import(DATA_MODULES[recipe.data])
@@ -284,7 +313,7 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
             return CLI(
                 module_class,
                 data_class,
-                args=_with_usable_precision(recipe.options),
+                args=_with_usable_precision(recipe.options) if build else recipe.options,
                 run=False,
                 save_config_callback=None,
                 seed_everything_default=0,
@@ -300,6 +329,51 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(f"{recipe.path}: {_one_line(error)}") from error
+
+
+def check_finished(recipe: Recipe, folder: Path) -> None:
+    """Check that a finished run was made with the options of a recipe, where it says with which.
+
+    What may differ is what the run is called, where its data lie and what machine it is for.
+
+    Raises:
+        ConfigError: an option differs, or the recipe is not usable.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return
+    now = _decisive(_resolved(_cli(recipe, {}, build=False), recipe))
+    before = _decisive(_read_yaml(path))
+    if before != now:
+        # An option that came after the run has the default that the run had without it.
+        stored = read_recipe(path)
+        before = _decisive(_resolved(_cli(stored, {}, build=False), stored))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{folder} was made with other options ({key} was {before.get(key)!r}, not "
+                f"{now.get(key)!r}); choose another --out."
+            )
+
+
+def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide what comes of a training, by their full names."""
+    header = resolved["zoo"]
+    found = {key: header.get(key) for key in ("architecture", "data")}
+    found["seed_everything"] = resolved.get("seed_everything")
+    trainer = resolved.get("trainer", {})
+    _flatten(found, "trainer", {key: trainer.get(key) for key in _DECISIVE})
+    _flatten(found, "model", resolved.get("model"))
+    _flatten(found, "data", {**resolved.get("data", {}), "data_dir": None})
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _flatten(found: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _flatten(found, f"{name}.{key}", item)
+    else:
+        found[name] = value
 
 
 def _with_usable_precision(options: dict[str, Any]) -> dict[str, Any]:
