@@ -134,7 +134,7 @@ def _parser() -> _Parser:
     source.add_argument("--text", action="append", help="a text; may be repeated")
     source.add_argument("--file", action="append", help="a text file; may be repeated")
     source.add_argument("--image", nargs="+", metavar="FILE", help="pictures")
-    sub.add_argument("--top-k", type=int, default=5, help="classes to name of each (5)")
+    sub.add_argument("--top-k", type=int, help="classes to name of each (5)")
 
     sub = command("generate", _generate, "continue a text")
     sub.add_argument("name")
@@ -414,6 +414,8 @@ def _load_text_model(name: str) -> Any:
 def _predict_texts(module: Any, options: argparse.Namespace) -> int:
     from zoo.data.text import read_text
 
+    if options.top_k is not None:
+        raise ZooError(f"{options.name} scores texts and names no classes; leave out --top-k.")
     # Surrogates stand for bytes that are not UTF-8, so that every byte of a file is scored.
     texts = options.text or [
         bytes(read_text(path).tolist()).decode("utf-8", "surrogateescape") for path in options.file
@@ -448,8 +450,12 @@ def _predict_texts(module: Any, options: argparse.Namespace) -> int:
     return OK
 
 
+def _top_k(options: argparse.Namespace) -> int:
+    return 5 if options.top_k is None else int(options.top_k)
+
+
 def _predict_images(module: Any, options: argparse.Namespace) -> int:
-    predictions = module.predict(options.image, top_k=options.top_k)
+    predictions = module.predict(options.image, top_k=_top_k(options))
     return _show_classes("image", "picture", options.image, predictions, options.json)
 
 
@@ -458,7 +464,7 @@ def _predict_topics(module: Any, options: argparse.Namespace) -> int:
 
     texts = options.text or [decode_bytes(read_text(path)) for path in options.file]
     names = options.file or [text if len(text) <= 40 else text[:37] + "..." for text in texts]
-    predictions = module.predict(texts, top_k=options.top_k)
+    predictions = module.predict(texts, top_k=_top_k(options))
     return _show_classes("text", "text", names, predictions, options.json)
 
 
@@ -631,24 +637,40 @@ def _analog(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from zoo import evaluation
 
+    of_a_record = {"--run": options.run_folder, "--commit": options.commit}
     if options.analog:
+        others = {"--record": options.record, "--protocol": options.protocol}
+        _refuse({**others, "--diagnose": options.diagnose, **of_a_record}, "--analog")
         return _analog(options)
     if options.beside or options.figures:
         raise ZooError("--beside and --figures go with --analog.")
-    if options.record:
-        evaluation.record(
+    if not options.record:
+        if any(value is not None for value in of_a_record.values()):
+            raise ZooError("--run and --commit go with --record.")
+        result = evaluation.evaluate(
             options.name,
-            run=options.run_folder,
-            commit=options.commit,
+            options.data_dir,
+            protocols=options.protocol,
             diagnose=options.diagnose,
         )
-    result = evaluation.evaluate(
+        return _show(result, options.json)
+    # A record of some protocols would leave the others without one.
+    _refuse({"--protocol": options.protocol}, "--record")
+    result = evaluation.record(
         options.name,
-        options.data_dir,
-        protocols=options.protocol,
-        diagnose=options.diagnose and not options.record,
+        data_dir=options.data_dir,
+        run=options.run_folder,
+        commit=options.commit,
+        diagnose=options.diagnose,
     )
     return _show(result, options.json)
+
+
+def _refuse(given: dict[str, Any], beside: str) -> None:
+    """Refuse options that would do nothing, with their values by name."""
+    for name, value in given.items():
+        if value not in (None, False):
+            raise ZooError(f"{name} does not go with {beside}.")
 
 
 def _chatter() -> contextlib.AbstractContextManager[Any]:
@@ -962,12 +984,13 @@ def _hub_sandbox(options: argparse.Namespace) -> int:
 def _card(options: argparse.Namespace) -> int:
     from zoo import cards
 
+    # First, since what is drawn is checked by the card, which knows no new files before.
+    card = cards.update(options.name) if options.update else cards.find(options.name)
     if options.figures is not None:
         from zoo import figures
 
-        for path in figures.draw(cards.find(options.name), options.figures or None):
+        for path in figures.draw(card, options.figures or None):
             print(f"Drew {path}", file=sys.stderr)
-    card = cards.update(options.name) if options.update else cards.find(options.name)
     if options.readme:
         cards.update_readme(Path(options.readme))
     return _show_card(card, options.json)
