@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from zoo.files import (
     WEIGHTS_FILE,
     FileRecord,
     format_json,
+    is_leftover,
     parse_json,
     partial_path,
     read_bytes,
@@ -221,9 +223,14 @@ def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def _replaceable(folder: Path) -> bool:
-    """Whether the path is a folder of which nothing but a checkpoint would be lost."""
+    """Whether the path is a folder of which nothing but a checkpoint would be lost.
+
+    Of a process that was killed while it wrote a file, a part of it may lie there too.
+    """
     return folder.is_dir() and all(
-        path.name in CHECKPOINT_FILES and path.is_file() for path in folder.iterdir()
+        path.is_file()
+        and any(name == path.name or is_leftover(path.name, name) for name in CHECKPOINT_FILES)
+        for path in folder.iterdir()
     )
 
 
@@ -390,11 +397,13 @@ def convert(
         raise CheckpointError(f"{checkpoint} is not a local file; addresses are never opened.")
     content = read_training(path)
     recipe = path.with_name(RECIPE_FILE)
-    recipe_text = read_bytes(recipe).decode()
     try:
+        recipe_text = read_bytes(recipe).decode()
         name = yaml.safe_load(recipe_text)["zoo"]["architecture"]
-    except (yaml.YAMLError, TypeError, KeyError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
         raise CheckpointError(f"{recipe} names no architecture.") from error
+    if not isinstance(name, str):
+        raise CheckpointError(f"{recipe}: architecture must be a name, got {name!r}.")
     module_class = architecture(name).module_class()
     module = _construct(
         module_class,
@@ -543,9 +552,13 @@ def _no_larger_than(tensors: Iterable[Tensor], where: Path) -> Iterator[None]:
     """
     allowed = 4 * sum(tensor.numel() for tensor in tensors) + _SMALL_NETWORK
     total = 0
+    owner = threading.get_ident()
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
         nonlocal total
+        # Hooks are of the whole process: another thread may be building a network of its own.
+        if threading.get_ident() != owner:
+            return
         total += 0 if tensor is None else tensor.numel()
         if total > allowed:
             raise CheckpointError(f"{where} asks for a far larger network than the weights are.")
