@@ -371,6 +371,33 @@ def test_controls_that_are_done_are_not_trained_again(
     assert names == [("the model", [1, 2]), ("no cache", [1, 2])] * 2
 
 
+def test_controls_of_an_architecture_are_those_of_its_default_weight(shelf: Shelf) -> None:
+    words = ["--seeds", 1, 2, "--out", shelf.folder / "controls", "--json"]
+    said = run("controls", "cached-transformer-lm", *words)
+    assert said.status == 0, said.err
+    assert [arm["recipe"] for arm in said.json] == [
+        f"controls/{NAME}/{stem}.yaml" for stem in ("grc", "none", "grc", "none")
+    ]
+    assert said.json[0]["result"]["command"] == f"zoo controls {NAME}"
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "values"),
+    [
+        (["memory", "a", "--json", "b"], "names", ["a", "b"]),
+        (["predict", "x", "--image", "a", "b", "--json", "c"], "image", ["a", "b", "c"]),
+        (["evaluate", "x", "--analog", "bits=4", "--json", "noise=0"], "analog",
+         ["bits=4", "noise=0"]),
+        (["fit", "x", "a.b=1", "--out", "o", "a.c=2"], "overrides", ["a.b=1", "a.c=2"]),
+        (["recovery", "a.b=1", "--seeds", "1", "2", "--json", "a.c=2"], "overrides",
+         ["a.b=1", "a.c=2"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_lists_may_come_in_parts(words: list[str], name: str, values: list[str]) -> None:
+    assert getattr(cli._parse(words), name) == values
+
+
 def test_fit_as_json(shelf: Shelf, tmp_path: Path) -> None:
     said = run("fit", NAME, "--json", "seed_everything=2", "--out", tmp_path / "run")
     assert said.json["checkpoint"] == str(tmp_path / "run" / "checkpoint")
@@ -408,13 +435,18 @@ def test_card_with_figures(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.Mon
         (["list", "--task", "language-modelling"], ["Did you mean 'language-modeling'"]),
         (["list", "--family", "resnets"], ["No model has the family 'resnets'"]),
         (["info"], ["name"]),
-        (["info", NAME, "extra"], ["extra"]),
+        (["info", NAME, "extra"], ["unexpected argument 'extra'", "info --help"]),
+        (["controls", NAME, "--only", "grc", "--json", "none"], ["unexpected argument 'none'"]),
+        (["predict", NAME, "--image", "a.png", "--json", "b.png"], ["it takes --text or --file"]),
         (["info", "cached-transformr-lm"], ["Did you mean 'cached-transformer-lm"]),
         (["load-check", "cached-transformer-lm.tny"], [f"Did you mean {NAME!r}"]),
         (["predict", "nothing", "--text", "x"], ["Unknown model 'nothing'"]),
         (["evaluate", "cached-transformer"], ["Unknown model", "Did you mean"]),
         (["reproduce", "cached-transformer"], ["Unknown model", "Did you mean"]),
-        (["controls", "cached-transformer-lm.x"], ["no controls for 'cached-transformer-lm.x'"]),
+        (
+            ["controls", "cached-transformer-lm.x"],
+            ["no controls for 'cached-transformer-lm.x'", f"Did you mean {NAME!r}"],
+        ),
         (["card", "nothing"], ["Unknown model 'nothing'"]),
         (["fit", "nothing"], ["No recipe 'nothing'"]),
         (["fit", NAME, "dta.path=x"], ["Unknown section 'dta'", "Did you mean 'data'"]),

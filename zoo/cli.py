@@ -53,13 +53,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     parser = _commands(parser).get(options.command or "", parser)
-    listed: list[str] | None = getattr(options, "overrides", getattr(options, "include", None))
+    listed = _list_of(parser, options)
     for word in rest:
-        if word.startswith("-") or listed is None:
+        if word.startswith("-"):
             known = list(parser._option_string_actions)
             parser.error(f"no option {word!r}.{nearest(word.partition('=')[0], known)}")
+        if listed is None:
+            parser.error(f"unexpected argument {word!r}")
         listed.append(word)
     return options
+
+
+def _list_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str] | None:
+    """What a word without an option belongs to; None where there is nothing, or no telling."""
+    several = [action for action in parser._actions if action.nargs in ("*", "+")]
+    several = [action for action in several if not action.option_strings] or several
+    listed = getattr(options, several[0].dest) if len(several) == 1 else None
+    return listed if isinstance(listed, list) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -906,9 +916,14 @@ def _done(publication: Publication) -> str:
 
 def _pull(options: argparse.Namespace) -> int:
     from zoo import hub
+    from zoo.files import CONFIG_FILE, WEIGHTS_FILE
 
     with _log_shown():
         folder, card = hub.resolve(options.name, options.revision)
+    needed = (CONFIG_FILE, WEIGHTS_FILE)
+    # A path of this machine is handed on as it is; what it lacks shows when it is loaded.
+    if card is None and not all((folder / name).is_file() for name in needed):
+        raise ZooError(f"{folder} is no checkpoint folder: it needs {' and '.join(needed)}.")
     if options.json:
         _print_json({"folder": str(folder), "name": None if card is None else card.name})
     else:

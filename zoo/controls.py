@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import evaluation, training
+from zoo import cards, evaluation, training
 from zoo.cards import Control, shipped_folder
 from zoo.configs import to_json
 from zoo.errors import UnknownNameError, ZooError, nearest
@@ -60,11 +60,23 @@ def find_recipes(name: str) -> list[Path]:
     Raises:
         ZooError: the weight has no controls.
     """
-    paths = sorted((shipped_folder("recipes") / "controls" / name).glob("*.yaml"))
+    home = shipped_folder("recipes") / "controls"
+    paths = sorted((home / name).glob("*.yaml"))
     if not paths:
-        raise ZooError(f"There are no controls for {name!r} under recipes/controls/.")
+        known = [path.name for path in home.glob("*")]
+        raise ZooError(
+            f"There are no controls for {name!r} under recipes/controls/.{nearest(name, known)}"
+        )
     # The recipe that the others are based on is the one that stands alone.
     return sorted(paths, key=lambda path: "\n  base:" in path.read_text(encoding="utf-8"))
+
+
+def _full_name(name: str) -> str:
+    """The full name of a weight; what is no weight stays, since its recipes may be there."""
+    try:
+        return cards.find(name).name
+    except UnknownNameError:
+        return name
 
 
 def run(
@@ -81,7 +93,7 @@ def run(
     now or before.
 
     Args:
-        name: full name of a weight.
+        name: of a weight, or of an architecture, which means its default weight.
         seeds: the seeds to train with, where that has not been done.
         out: folder of the runs; None: `runs/controls/<name>`.
         overrides: `section.key=value`, applied to every control alike.
@@ -92,6 +104,7 @@ def run(
         ConfigError: a finished run was made with other options.
         ZooError: there are no controls, or a run is not possible.
     """
+    name = _full_name(name)
     folder = _folder(name, out)
     recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
     stems = [recipe.path.stem for recipe in recipes]
@@ -125,6 +138,7 @@ def collect(
         ConfigError: a run was made with other options.
         ZooError: a control has no finished run.
     """
+    name = _full_name(name)
     recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
     _check_finished(recipes, Path(out), overrides)
     return _collect(name, recipes, Path(out))
@@ -148,6 +162,7 @@ def finished_runs(name: str, out: str | os.PathLike[str] | None = None) -> dict[
     Raises:
         ZooError: there are no controls.
     """
+    name = _full_name(name)
     folder = _folder(name, out)
     recipes = [training.read_recipe(path) for path in find_recipes(name)]
     found = {

@@ -141,7 +141,7 @@ def finetune(
             f"new classes at any time."
         )
     kind, options = _described(data, base, entry, label, seed)
-    tag = _slug(name or str(options.get("path") or options.get("dataset") or kind))
+    tag = _slug(name or _source(options) or kind)
     folder = Path("runs") / f"{entry.name}.{tag}" if out is None else Path(out)
     in_memory = not isinstance(model, (str, os.PathLike))
     trainer = {
@@ -357,9 +357,19 @@ def _described(
 
 
 def _slug(name: str) -> str:
-    """A name in kebab case, of that of a file or folder."""
-    text = re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower()).strip("-")
-    return text or "mine"
+    """A name in kebab case."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "mine"
+
+
+def _source(options: dict[str, Any]) -> str:
+    """What the data are called: a file without its suffix, a folder or a known set; "" if nothing.
+
+    A folder has no suffix: in `data.2024` the year belongs to the name.
+    """
+    if not options.get("path"):
+        return str(options.get("dataset") or "")
+    path = Path(options["path"]).expanduser()
+    return path.name if path.is_dir() else path.stem
 
 
 # --- what came of it -----------------------------------------------------------------------------

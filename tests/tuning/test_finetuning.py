@@ -584,6 +584,22 @@ def test_kinds_of_data(name: str, kind: str, tmp_path: Path) -> None:
         finetuning.detect(tmp_path / "b" / "c")
 
 
+def test_a_name_is_kept_whole_and_data_lend_theirs(
+    base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a file has a suffix to leave out."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(four, "data.2024")
+    assert finetuning._source({"path": "data.2024"}) == "data.2024"
+    assert finetuning._source({"path": str(file(tmp_path / "x", "v1.2.csv", b"x"))}) == "v1.2"
+    assert finetuning._source({"path": None, "dataset": "mnist"}) == "mnist"
+    assert finetuning._source({"path": None}) == ""
+    short = {**IMAGES, "epochs": 1}
+    for name, tag in (("v1.2", "v1-2"), (None, "data-2024")):
+        module = zoo.finetune(base, "data.2024", name=name, **short)
+        assert module.finetuned.folder == Path(f"runs/tiny-classifier.{tag}")
+
+
 # --- several processes ---------------------------------------------------------------------------
 
 
