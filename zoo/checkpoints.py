@@ -400,7 +400,7 @@ def convert(
     try:
         recipe_text = read_bytes(recipe).decode()
         name = yaml.safe_load(recipe_text)["zoo"]["architecture"]
-    except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise CheckpointError(f"{recipe} names no architecture.") from error
     if not isinstance(name, str):
         raise CheckpointError(f"{recipe}: architecture must be a name, got {name!r}.")

@@ -408,6 +408,13 @@ def test_another_fine_tuning_does_not_go_on_with_it(done: Any, base: Path, four:
     assert weights(done.finetuned.checkpoint) == before
 
 
+def test_fewer_epochs_than_are_done(done: Any, base: Path, four: Path) -> None:
+    before = weights(done.finetuned.checkpoint)
+    with pytest.raises(ConfigError, match="has come to epoch 3 already, and max_epochs is 1"):
+        zoo.finetune(base, four, out=done.finetuned.folder, **{**IMAGES, "epochs": 1})
+    assert weights(done.finetuned.checkpoint) == before
+
+
 def test_a_module_in_memory_goes_on_with_its_own_run_alone(
     base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
