@@ -454,3 +454,8 @@ def test_results_files_are_measurements_and_nothing_else() -> None:
         path = cards.pretrained_folder(name) / "results.json"
         stored = json.loads(path.read_text(encoding="utf-8"))
         assert to_json(build(Measurements, stored, str(path))) == stored
+
+
+def test_a_card_with_the_line_ends_of_windows() -> None:
+    text = cards.render(make_card())
+    assert cards.parse(text.replace("\n", "\r\n")) == cards.parse(text)

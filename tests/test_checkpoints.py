@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,14 @@ from zoo.cards import Measurements
 from zoo.checkpoints import FORMAT_VERSION, CheckpointConfig, LoadReport, Migration
 from zoo.configs import to_json
 from zoo.errors import CheckpointError, ConfigError, UnknownNameError, ZooError
-from zoo.files import CONFIG_FILE, LEFT_OVER, WEIGHTS_FILE, FileRecord
+from zoo.files import (
+    CONFIG_FILE,
+    LEFT_OVER,
+    RESULTS_FILE,
+    WEIGHTS_FILE,
+    FileRecord,
+    write_bytes,
+)
 from zoo.tasks.base import ZooModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -320,6 +328,30 @@ def test_a_folder_with_anything_else_is_left_alone(module: TinyModule, folder: P
     with pytest.raises(CheckpointError, match="exists and is not a checkpoint folder"):
         checkpoints.save(module, folder)
     assert records(folder) == before
+
+
+def test_what_a_killed_process_left_in_a_checkpoint_is_no_reason_to_keep_it(
+    module: TinyModule, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(self: Path, target: Path) -> Path:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", die)
+        with pytest.raises(Killed):
+            write_bytes(folder / RESULTS_FILE, b"{}")
+    assert [path.suffix for path in folder.iterdir() if path.name.startswith(".")] == [".part"]
+    checkpoints.save(module, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    # Of another file than a checkpoint's it would be somebody's own.
+    for name in (f".diary.txt.{'0' * 32}.part", f".{RESULTS_FILE}.mine.part"):
+        (folder / name).touch()
+        with pytest.raises(CheckpointError, match="exists and is not a checkpoint folder"):
+            checkpoints.save(module, folder)
+        (folder / name).unlink()
 
 
 @pytest.mark.parametrize(
@@ -831,11 +863,46 @@ def test_convert_of_another_file(run_folder: Path, content: Any) -> None:
         checkpoints.convert(run_folder / "last.ckpt", run_folder / "checkpoint")
 
 
-@pytest.mark.parametrize("recipe", ["", "zoo: [\n", "zoo: 3\n", "[]"])
-def test_convert_needs_the_recipe(run_folder: Path, recipe: str) -> None:
-    (run_folder / "recipe.yaml").write_text(recipe)
-    with pytest.raises(CheckpointError, match=r"recipe\.yaml names no architecture"):
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (b"", "names no architecture."),
+        (b"zoo: [\n", "names no architecture."),
+        (b"zoo: 3\n", "names no architecture."),
+        (b"[]", "names no architecture."),
+        (b"zoo: {architecture: caf\xe9}\n", "names no architecture."),
+        (b"zoo: {architecture: [a]}\n", ": architecture must be a name, got ['a']."),
+        (b"zoo: {architecture: null}\n", ": architecture must be a name, got None."),
+    ],
+)
+def test_convert_needs_the_recipe(run_folder: Path, recipe: bytes, message: str) -> None:
+    (run_folder / "recipe.yaml").write_bytes(recipe)
+    with pytest.raises(CheckpointError) as caught:
         checkpoints.convert(run_folder / "last.ckpt", run_folder / "checkpoint")
+    assert "recipe.yaml" in str(caught.value)
+    assert str(caught.value).endswith(message)
+    assert not (run_folder / "checkpoint").exists()
+
+
+def test_what_another_thread_builds_meanwhile_is_not_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard against a network far larger than its file counts the file's network alone."""
+    construct, built = checkpoints._construct, []
+
+    def slow(*arguments: Any) -> ZooModule:
+        thread = threading.Thread(
+            target=lambda: built.append(nn.Linear(2000, 2000, device="meta").weight.numel())
+        )
+        thread.start()
+        thread.join()
+        return construct(*arguments)
+
+    monkeypatch.setattr(checkpoints, "_construct", slow)
+    loaded = checkpoints.load(folder)
+    assert built == [4_000_000]
+    assert built[0] > checkpoints._SMALL_NETWORK
+    assert loaded.load_report.initialised == ()
 
 
 def test_two_processes_load_at_once(tmp_path: Path) -> None:

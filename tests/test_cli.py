@@ -104,7 +104,8 @@ class Shelf:
             ("record", "evaluate", self.pretrained, "--record", "--run", trained, "--json"),
             ("controls", "controls", NAME, "--seeds", 1, 2, "--out", self.folder / "controls",
              "--record", self.pretrained),
-            ("card", "card", NAME, "--update", "--readme", self.readme),
+            ("card", "card", NAME, "--figures", trained, "--update"),
+            ("readme", "card", NAME, "--readme", self.readme),
         ):  # fmt: skip
             self.said[step] = run(*words)
 
@@ -115,6 +116,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HF_HUB_OFFLINE", "1")
         shelf.write()
+        patched.chdir(shelf.folder)  # where figures go to
         shelf.patch(patched)
         shelf.make()
     return shelf
@@ -152,7 +154,7 @@ def test_every_command_is_tested() -> None:
     assert TESTED_HERE <= set(cli._commands(cli._parser())) <= TESTED_HERE | TESTED_ELSEWHERE
 
 
-@pytest.mark.parametrize("step", ["fit", "convert", "record", "controls", "card"])
+@pytest.mark.parametrize("step", ["fit", "convert", "record", "controls", "card", "readme"])
 def test_every_step_of_publishing_passes(shelf: Shelf, step: str) -> None:
     assert shelf.said[step].status == 0, shelf.said[step].err
 
@@ -190,6 +192,7 @@ def test_the_card_is_complete_and_up_to_date(shelf: Shelf) -> None:
     assert shelf.said["card"].out == shelf.card.read_text() + "\n"
     assert (shelf.pretrained / "README.md").read_text() == shelf.card.read_text()
     assert f"[`{NAME}`](model_cards/{NAME}.md)" in shelf.readme.read_text()
+    assert (shelf.folder / "model_cards" / "figures" / NAME / "loss.png").is_file()
     assert {record.name for record in card.files} == {
         "config.json",
         "model.safetensors",
@@ -308,6 +311,25 @@ def test_evaluate(shelf: Shelf) -> None:
     assert outcome["interval"][0] < outcome["value"] < outcome["interval"][1]
 
 
+def test_recording_measures_once_and_on_the_data_that_were_given(
+    mine: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    measure = evaluation.evaluate_module
+
+    def counted(module: Any, datamodule: Any, *arguments: Any) -> Any:
+        seen.append(datamodule.data_dir)
+        return measure(module, datamodule, *arguments)
+
+    monkeypatch.setattr(evaluation, "evaluate_module", counted)
+    said = run("evaluate", mine.pretrained, "--record", "--data-dir", tmp_path, "--json")
+    assert (said.status, said.json["passed"]) == (0, True)
+    assert seen == [str(tmp_path)]
+    assert said.json["name"] == str(mine.pretrained)
+    stored = json.loads((mine.pretrained / RESULTS_FILE).read_text())["results"]
+    assert [r["value"] for r in stored] == [o["recorded"] for o in said.json["outcomes"]]
+
+
 def test_a_number_that_does_not_come_out(mine: Shelf) -> None:
     path = mine.pretrained / RESULTS_FILE
     values = json.loads(path.read_text())
@@ -349,6 +371,33 @@ def test_controls_that_are_done_are_not_trained_again(
     assert names == [("the model", [1, 2]), ("no cache", [1, 2])] * 2
 
 
+def test_controls_of_an_architecture_are_those_of_its_default_weight(shelf: Shelf) -> None:
+    words = ["--seeds", 1, 2, "--out", shelf.folder / "controls", "--json"]
+    said = run("controls", "cached-transformer-lm", *words)
+    assert said.status == 0, said.err
+    assert [arm["recipe"] for arm in said.json] == [
+        f"controls/{NAME}/{stem}.yaml" for stem in ("grc", "none", "grc", "none")
+    ]
+    assert said.json[0]["result"]["command"] == f"zoo controls {NAME}"
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "values"),
+    [
+        (["memory", "a", "--json", "b"], "names", ["a", "b"]),
+        (["predict", "x", "--image", "a", "b", "--json", "c"], "image", ["a", "b", "c"]),
+        (["evaluate", "x", "--analog", "bits=4", "--json", "noise=0"], "analog",
+         ["bits=4", "noise=0"]),
+        (["fit", "x", "a.b=1", "--out", "o", "a.c=2"], "overrides", ["a.b=1", "a.c=2"]),
+        (["recovery", "a.b=1", "--seeds", "1", "2", "--json", "a.c=2"], "overrides",
+         ["a.b=1", "a.c=2"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_lists_may_come_in_parts(words: list[str], name: str, values: list[str]) -> None:
+    assert getattr(cli._parse(words), name) == values
+
+
 def test_fit_as_json(shelf: Shelf, tmp_path: Path) -> None:
     said = run("fit", NAME, "--json", "seed_everything=2", "--out", tmp_path / "run")
     assert said.json["checkpoint"] == str(tmp_path / "run" / "checkpoint")
@@ -386,13 +435,18 @@ def test_card_with_figures(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.Mon
         (["list", "--task", "language-modelling"], ["Did you mean 'language-modeling'"]),
         (["list", "--family", "resnets"], ["No model has the family 'resnets'"]),
         (["info"], ["name"]),
-        (["info", NAME, "extra"], ["extra"]),
+        (["info", NAME, "extra"], ["unexpected argument 'extra'", "info --help"]),
+        (["controls", NAME, "--only", "grc", "--json", "none"], ["unexpected argument 'none'"]),
+        (["predict", NAME, "--image", "a.png", "--json", "b.png"], ["it takes --text or --file"]),
         (["info", "cached-transformr-lm"], ["Did you mean 'cached-transformer-lm"]),
         (["load-check", "cached-transformer-lm.tny"], [f"Did you mean {NAME!r}"]),
         (["predict", "nothing", "--text", "x"], ["Unknown model 'nothing'"]),
         (["evaluate", "cached-transformer"], ["Unknown model", "Did you mean"]),
         (["reproduce", "cached-transformer"], ["Unknown model", "Did you mean"]),
-        (["controls", "cached-transformer-lm.x"], ["no controls for 'cached-transformer-lm.x'"]),
+        (
+            ["controls", "cached-transformer-lm.x"],
+            ["no controls for 'cached-transformer-lm.x'", f"Did you mean {NAME!r}"],
+        ),
         (["card", "nothing"], ["Unknown model 'nothing'"]),
         (["fit", "nothing"], ["No recipe 'nothing'"]),
         (["fit", NAME, "dta.path=x"], ["Unknown section 'dta'", "Did you mean 'data'"]),
@@ -416,6 +470,29 @@ def test_card_with_figures(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.Mon
         (["evaluate", NAME, "--protocol", "blokcs"], ["Unknown protocol 'blokcs'", "blocks"]),
         (["evaluate", "no/such/folder"], ["Unknown model 'no/such/folder'"]),
         (["evaluate", ".", "--record"], [". has no recipe.yaml"]),
+        (["evaluate", NAME, "--run", "x"], ["--run and --commit go with --record."]),
+        (["evaluate", NAME, "--commit", "x"], ["--run and --commit go with --record."]),
+        (
+            ["evaluate", ".", "--record", "--protocol", "blocks"],
+            ["--protocol does not go with --record."],
+        ),
+        *(
+            (
+                ["evaluate", NAME, "--analog", "bits=4", *words],
+                [f"{words[0]} does not go with --analog."],
+            )
+            for words in (
+                ["--record"],
+                ["--protocol", "blocks"],
+                ["--diagnose"],
+                ["--run", "x"],
+                ["--commit", "x"],
+            )
+        ),
+        (
+            ["predict", NAME, "--text", "x", "--top-k", "3"],
+            [f"{NAME} scores texts and names no classes; leave out --top-k."],
+        ),
         (["convert", "no.ckpt", "x"], ["no.ckpt is not a local file"]),
         (["convert", "http://127.0.0.1:1/a.ckpt", "x"], ["is not a local file", "never opened"]),
         (["convert", "empty.txt", "x"], ["empty.txt is damaged"]),

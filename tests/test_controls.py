@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tests.tiny import SEGMENT, write_recipe
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.cards import Control
-from zoo.errors import UnknownNameError, ZooError
+from zoo.errors import ConfigError, UnknownNameError, ZooError
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE
 
 NAME = "cached-transformer-lm.tiny-shakespeare"
@@ -163,6 +163,29 @@ def test_finished_runs_are_kept(trained: Trained, monkeypatch: pytest.MonkeyPatc
     assert one.result.seeds == SEEDS
     with pytest.raises(AssertionError, match="trained again"):
         controls.run(NAME, seeds=(1, 2, 3), out=trained.out)
+
+
+def test_finished_runs_of_other_options_are_not_recorded(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(training, "fit")
+    for call in (controls.run, controls.collect):
+        with pytest.raises(ConfigError, match=r"trainer\.max_epochs was 1, not 2") as caught:
+            call(NAME, out=trained.out, overrides=["trainer.max_epochs=2"])
+        folder = trained.out / "b-grc" / "seed_1"
+        assert str(caught.value).startswith(f"{folder} was made with other options")
+        assert str(caught.value).endswith("choose another --out.")
+    # A run from before an option existed had what is its default now; a seed counts once.
+    out = tmp_path / "out"
+    shutil.copytree(trained.out, out)
+    for path in out.glob("*/*/recipe.yaml"):
+        values = yaml.safe_load(path.read_text())
+        del values["data"]["validation_fraction"]
+        path.write_text(yaml.safe_dump(values))
+    one, *_ = controls.run(NAME, seeds=(1, 1, 2), out=out)
+    assert one.result.seeds == SEEDS
+    with pytest.raises(ConfigError, match=r"validation_fraction was 0\.1, not 0\.2"):
+        controls.run(NAME, seeds=SEEDS, out=out, overrides=["data.validation_fraction=0.2"])
 
 
 def test_an_unknown_control_trains_nothing(trained: Trained, tmp_path: Path) -> None:

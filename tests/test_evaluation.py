@@ -349,7 +349,10 @@ def test_record_needs_the_name_of_a_weight(tmp_path: Path) -> None:
     run = training.fit(write_recipe(tmp_path, weight=""), out=tmp_path / "run")
     with pytest.raises(ZooError, match="names no weight; pass its name"):
         evaluation.record(run.checkpoint)
-    assert evaluation.record(run.checkpoint, "a.b").weight == "a.b"
+    recorded = evaluation.record(run.checkpoint, "a.b")
+    assert cards.read_measurements(run.checkpoint / RESULTS_FILE).weight == "a.b"
+    assert recorded == evaluation.evaluate(run.checkpoint), "what was measured is what is returned"
+    assert recorded.passed
 
 
 @pytest.fixture

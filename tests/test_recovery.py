@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import SHRUNK, run
-from zoo import recovery
+from zoo import controls, recovery
+from zoo.controls import find_recipes
 from zoo.errors import ConfigError
 
 GATES = {"DSelect-k", "softmax (MMoE)", "Top-k", "Gumbel", "shared bottom", "single task"}
@@ -44,6 +45,31 @@ def test_every_gate_is_trained_for_every_number_of_tasks_and_kept(tmp_path: Path
     assert len(stored["arms"]) == 12
     assert len(stored["dselect_k_less_top_k"]) == 2 * len(recovery.MEASURES)
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_finished_runs_of_other_options_are_not_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short run of one who tries the command out is none of the real ones."""
+    monkeypatch.setattr(controls, "find_recipes", lambda name: find_recipes(name)[:1])
+    overrides = [*SHRUNK["dselect-k-recovery"], "data.steps=2"]
+    (first,) = recovery.run([2], seeds=[1, 1], out=tmp_path, overrides=overrides)
+    assert first.seeds == (1,), "each seed is counted once"
+    assert recovery.run([2, 2], seeds=[1], out=tmp_path, overrides=overrides) == [first]
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for change, message in (
+        ("trainer.max_epochs=2", "trainer.max_epochs was 1, not 2"),
+        ("data.steps=3", "data.steps was 2, not 3"),
+        ("model.network.gate.kind=softmax", "model.network.gate.kind was "),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            recovery.run([2], seeds=[2, 1], out=tmp_path, overrides=[*overrides, change])
+        assert "seed_1 was made with other options" in str(caught.value)
+        assert str(caught.value).endswith("choose another --out.")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == kept
+    # What is shown on the way, and on which machine, is nobody's option.
+    other = [*overrides, "trainer.enable_progress_bar=true", "trainer.accelerator=auto"]
+    assert recovery.run([2], seeds=[1], out=tmp_path, overrides=other) == [first]
 
 
 def test_true_experts_are_for_nets_of_as_many(tmp_path: Path) -> None:

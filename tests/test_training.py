@@ -83,16 +83,31 @@ def test_an_unknown_recipe() -> None:
         ("data.path=a=b.txt", "a=b.txt"),
         ("data.path=null", None),
         ("data.path=", None),
-        ("data.path=3", 3),
-        ("data.path=1e-3", 1e-3),
-        ("data.path=-2.5E+2", -250.0),
-        ("data.path=true", True),
-        ("data.path=[1, 2]", [1, 2]),
-        ("data.path={a: 1}", {"a": 1}),
+        ("data.x=3", 3),
+        ("data.x=1e-3", 1e-3),
+        ("data.x=-2.5E+2", -250.0),
+        ("data.x=true", True),
+        ("data.x=[1, 2]", [1, 2]),
+        ("data.x={a: 1}", {"a": 1}),
+        ("data.x=no", False),
+        # Files and folders may be called anything.
+        ("data.path=1984", "1984"),
+        ("data.path=1e5", "1e5"),
+        ("data.path=nan", "nan"),
+        ("data.path=no", "no"),
+        ("data.path=2024-01-01", "2024-01-01"),
+        ("data.path=a #1.txt", "a #1.txt"),
+        ("data.path=#1.txt", "#1.txt"),
+        ("data.path=a: b: [.txt", "a: b: [.txt"),
+        ("data.path=[1, 2]", "[1, 2]"),
+        ("data.path='my own.txt'", "my own.txt"),
+        ("data.data_dir=1984", "1984"),
+        ("data.data_dir=null", None),
     ],
 )
 def test_overrides_are_yaml(recipe: Path, override: str, value: object) -> None:
-    found = read_recipe(recipe, [override]).options["data"]["path"]
+    key = override.partition("=")[0].removeprefix("data.")
+    found = read_recipe(recipe, [override]).options["data"][key]
     assert found == value
     assert type(found) is type(value)
 
@@ -120,12 +135,14 @@ def test_overrides_change_one_thing_and_the_last_one_wins(recipe: Path) -> None:
         ("data.path", "Cannot read 'data.path'; write section.key=value, as data.path=my.txt."),
         ("=x", "Cannot read '=x'; write section.key=value"),
         ("data..path=x", "Cannot read 'data..path=x'; write section.key=value"),
-        ("data.path=[", "Cannot read the value in 'data.path=[' as YAML."),
+        ("data.x=[", "Cannot read the value in 'data.x=[' as YAML."),
+        ("data.x=2024-13-45", "Cannot read the value in 'data.x=2024-13-45' as YAML."),
         ("dta.path=x", "Unknown section 'dta' in 'dta.path=x'. Did you mean 'data'?"),
         ("seed_everything.x=1", "'seed_everything.x=1': 'seed_everything' is a value"),
         ("model.network.dim.x=1", "'model.network.dim.x=1': 'dim' is a value, not a section."),
         ("zoo=3", "'zoo=3': 'zoo' is a section; name a key in it, as zoo.key=value."),
         ("data=3", "'data=3': 'data' is a section; name a key in it, as data.key=value."),
+        ("trainer=", "'trainer=': 'trainer' is a section; name a key in it, as trainer.key=value."),
     ],
 )
 def test_a_bad_override_is_refused_in_one_line(recipe: Path, override: str, message: str) -> None:
@@ -146,6 +163,7 @@ HEADER = "zoo: {architecture: cached-transformer-lm, data: text}\n"
         (b"zoo: 3", "is no recipe: it has no section 'zoo'"),
         (b"zoo: [", "is not readable YAML: "),
         (b"\xff\xfe\xfa", "is not readable YAML: "),
+        (HEADER.encode() + b"data: {seed: 2024-13-45}", "is not readable YAML: "),
         (b"zoo: !!python/object/apply:os.getcwd []", "is not readable YAML: "),
         (b"zoo: {data: text}", "section 'zoo' needs 'architecture'."),
         (b"zoo: {architecture: cached-transformer-lm}", "section 'zoo' needs 'data'."),
@@ -154,6 +172,19 @@ HEADER = "zoo: {architecture: cached-transformer-lm, data: text}\n"
         (b"zoo: {architecture: cached-transformer-lm, data: text, wight: x}", "zoo.wight. Did you"),
         (b"zoo: {architecture: cached-transformer-ml, data: text}", "Unknown architecture"),
         (b"zoo: {architecture: cached-transformer-lm, data: txt}", "unknown data module 'txt'"),
+        (HEADER.encode() + b"1: 2", "keys must be text, got 1; put it in quotes."),
+        (HEADER.encode() + b"data: {on: 2}", "keys must be text, got True; put it in quotes."),
+        (HEADER.encode() + b"model: {network: {3: 2}}", "keys must be text, got 3"),
+        (HEADER.encode() + b"trainer: 3", "section 'trainer' must hold keys."),
+        (HEADER.encode() + b"model: [1]", "section 'model' must hold keys."),
+        (HEADER.encode() + b"data: ''", "section 'data' must hold keys."),
+        (HEADER.encode().replace(b"text}", b"text, 3: x}"), "keys must be text, got 3"),
+        (HEADER.encode().replace(b"text}", b"text, weight: 5}"), "zoo.weight must be text, got 5."),
+        (
+            HEADER.encode().replace(b"text}", b"text, name: [a]}"),
+            "zoo.name must be text, got ['a']",
+        ),
+        (HEADER.encode().replace(b"text}", b"text, differs: 1.5}"), "zoo.differs must be text"),
         (b"zoo: {base: ../x.yaml}", "zoo.base must be the name of another file in its folder."),
         (b"zoo: {base: r.yaml}", "zoo.base must be the name of another file in its folder."),
         (b"zoo: {base: 3}", "zoo.base must be the name of another file in its folder."),
@@ -180,6 +211,20 @@ def test_a_recipe_on_top_of_another(tmp_path: Path) -> None:
         "seed_everything": 3,
         "trainer": {"max_epochs": 1},
     }
+
+
+def test_empty_sections_change_nothing(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(HEADER + "trainer:\nmodel:\ndata:\n")
+    assert not any(read_recipe(tmp_path / "a.yaml").options.values())
+    found = read_recipe(tmp_path / "a.yaml", ["trainer.max_epochs=3"])
+    assert found.options["trainer"] == {"max_epochs": 3}
+    values = {"zoo": {"architecture": "cached-transformer-lm", "data": "text"}, "data": None}
+    made = training.make_recipe(values, [], tmp_path / "made.yaml")
+    assert training.data_module(made).segment > 0
+    assert training.instantiate(made, accelerator="cpu", logger=False).trainer is not None
+    above = f"zoo: {{base: {recipe.name}}}\ntrainer:\nmodel:\ndata:\n"
+    (tmp_path / "b.yaml").write_text(above)
+    assert read_recipe(tmp_path / "b.yaml").options == read_recipe(recipe).options
 
 
 def test_recipes_that_are_based_on_each_other(tmp_path: Path) -> None:
@@ -499,6 +544,18 @@ def test_resuming_with_other_options_is_refused(
     with pytest.raises(ConfigError) as caught:
         fit(recipe, overrides, out=done.folder, resume=True)
     assert f"Section {section!r} differs from that of the run in {done.folder}" in str(caught.value)
+
+
+def test_resuming_for_fewer_epochs_than_are_done_is_refused(done: training.Run) -> None:
+    before = {path: (done.folder / path).read_bytes() for path in tree(done.folder)}
+    said = run("fit", done.folder / "recipe.yaml", "trainer.max_epochs=2", "--resume", "--out",
+               done.folder)  # fmt: skip
+    assert (said.status, said.out) == (2, "")
+    assert said.err.splitlines()[-1] == (
+        f"zoo: {done.folder} has come to epoch 3 already, and max_epochs is 2: ask for as many at "
+        "least, or choose another --out folder."
+    )
+    assert {path: (done.folder / path).read_bytes() for path in tree(done.folder)} == before
 
 
 def test_an_interrupt_says_how_to_go_on(

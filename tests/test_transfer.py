@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from zoo.data.ratings import read_ratings_csv
 from zoo.errors import ConfigError, DataError, UnknownNameError
 from zoo.families.continuous_depth import ODEResNetConfig
 from zoo.families.sau_shufflenet import ShuffleNetConfig
+from zoo.files import WEIGHTS_FILE, read_json
 from zoo.recovery import Summary
 from zoo.transfer import EXAMPLES, Point
 
@@ -93,6 +95,21 @@ def test_a_language_model_on_novels(tmp_path: Path) -> None:
     )
     check("austen", points, [300], held // 4)
     assert [point["values"] for point in stored["points"]] == [list(p.values) for p in points]
+    assert stored["base"] == str(lm), "not the example's, which had no part in it"
+    again = transfer.run(
+        "austen", base=lm, amounts=[300, 300], seeds=(2, 1, 2), steps=2, out=tmp_path / "out"
+    )
+    assert [p.seeds for p in again] == [(2, 1)] * len(points), "each seed is counted once"
+    assert [p.values for p in again] == [p.values[::-1] for p in points]
+    for options, message in (
+        ({"base": lm, "steps": 3}, "steps was 2, not 3"),
+        ({"base": published.write_weight(tmp_path / "other"), "steps": 2}, "base was '"),
+        ({"steps": 2}, "base was '"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            transfer.run("austen", amounts=[300], seeds=(1,), out=tmp_path / "out", **options)
+        assert "was made with other options" in str(caught.value)
+        assert str(caught.value).endswith("choose another --out.")
     table = (tmp_path / "out" / "transfer.md").read_text()
     assert table.startswith("# Tiny Shakespeare to Austen's novels\n\nData in bytes.\n\n| training")
     assert table.count("\n| ") == 2 + len(points)
@@ -146,6 +163,15 @@ def test_an_ensemble_meets_new_classes(few: None, tmp_path: Path) -> None:
     )
     check("new-classes", points, [2], 40)
     assert checkpoints.load(tmp_path / "base").predict(digits.images[:2]) == before
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    with pytest.raises(ConfigError, match="was made with other options"):
+        transfer.run("new-classes", base=tmp_path / "other", amounts=[2], out=tmp_path / "out")
+    for path in (tmp_path / "out").rglob("outcome.json"):  # as they were before they named it
+        path.write_text(json.dumps({k: v for k, v in read_json(path).items() if k != "base"}))
+    again = transfer.run(
+        "new-classes", base=tmp_path / "other", amounts=[2], seeds=(1, 2), out=tmp_path / "out"
+    )
+    assert again == points
 
 
 def write_ratings(folder: Path) -> Path:
@@ -175,6 +201,21 @@ def test_a_recommender_meets_new_users(tmp_path: Path) -> None:
         pretraining=tiny,
     )
     check("new-users", points, [3], 4)  # a fifth of 20 users
+    transfer.write("new-users", points, tmp_path / "out")
+    trained = tmp_path / "out" / "base" / "run" / "checkpoint"
+    assert read_json(tmp_path / "out" / "transfer.json")["base"] == str(trained)
+    weights = (trained / WEIGHTS_FILE).read_bytes()
+    with pytest.raises(ConfigError, match=r"trainer\.max_epochs was 1, not 2"):
+        transfer.run(
+            "new-users",
+            amounts=[3],
+            seeds=(1, 2),
+            steps=2,
+            out=tmp_path / "out",
+            data=path,
+            pretraining=[*tiny, "trainer.max_epochs=2"],
+        )
+    assert (trained / WEIGHTS_FILE).read_bytes() == weights
     others = read_ratings_csv(tmp_path / "out" / "base" / "ratings.csv", time_column="time")
     new = read_ratings_csv(
         tmp_path / "out" / "amount_3" / "seed_1" / "ratings.csv", time_column="time"

@@ -408,6 +408,7 @@ def parse(text: str, where: str = "card") -> Card:
     Raises:
         ConfigError: When the front matter is missing or its `zoo:` block is not valid.
     """
+    text = text.replace("\r\n", "\n")  # as an editor or a checkout on Windows leaves it
     if not text.startswith("---\n") or "\n---\n" not in text:
         raise ConfigError(f"{where}: a card begins with YAML front matter between two lines '---'")
     front_matter, _, body = text.removeprefix("---\n").partition("\n---\n")

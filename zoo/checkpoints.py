@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from zoo.files import (
     WEIGHTS_FILE,
     FileRecord,
     format_json,
+    is_leftover,
     parse_json,
     partial_path,
     read_bytes,
@@ -50,6 +52,7 @@ __all__ = [
     "LoadReport",
     "Migration",
     "convert",
+    "holds",
     "load",
     "read_config",
     "read_training",
@@ -150,20 +153,13 @@ def save(
         CheckpointError: When the folder holds something else, or cannot be written; or when the
             module does not know its preprocessing yet.
     """
-    entry = architecture_of(type(module))
     if module.preprocessing_config is not None and module.preprocessing is None:
         raise CheckpointError(
-            f"This {entry.name} does not know its preprocessing: train it, or pass preprocessing."
+            f"This {architecture_of(type(module)).name} does not know its preprocessing: train it, "
+            f"or pass preprocessing."
         )
-    config = CheckpointConfig(
-        architecture=entry.name,
-        family=entry.family,
-        task=entry.task,
-        network=to_json(module.config),
-        preprocessing={} if module.preprocessing is None else to_json(module.preprocessing),
-    )
     contents = {
-        CONFIG_FILE: format_json(to_json(config)),
+        CONFIG_FILE: format_json(to_json(_config(module))),
         WEIGHTS_FILE: _serialised(module.published_network, _dtype(dtype)),
     }
     if recipe is not None:
@@ -173,6 +169,17 @@ def save(
     if card is not None:
         contents[CARD_FILE] = render(card).encode()
     _write_folder(Path(folder), contents)
+
+
+def _config(module: ZooModule) -> CheckpointConfig:
+    entry = architecture_of(type(module))
+    return CheckpointConfig(
+        architecture=entry.name,
+        family=entry.family,
+        task=entry.task,
+        network=to_json(module.config),
+        preprocessing={} if module.preprocessing is None else to_json(module.preprocessing),
+    )
 
 
 def _serialised(network: nn.Module, dtype: torch.dtype | None) -> bytes:
@@ -216,9 +223,14 @@ def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def _replaceable(folder: Path) -> bool:
-    """Whether the path is a folder of which nothing but a checkpoint would be lost."""
+    """Whether the path is a folder of which nothing but a checkpoint would be lost.
+
+    Of a process that was killed while it wrote a file, a part of it may lie there too.
+    """
     return folder.is_dir() and all(
-        path.name in CHECKPOINT_FILES and path.is_file() for path in folder.iterdir()
+        path.is_file()
+        and any(name == path.name or is_leftover(path.name, name) for name in CHECKPOINT_FILES)
+        for path in folder.iterdir()
     )
 
 
@@ -245,6 +257,25 @@ def read_config(folder: str | os.PathLike[str]) -> CheckpointConfig:
     """
     path = _checked_folder(folder) / CONFIG_FILE
     return _parse_config(read_bytes(path), path)[0]
+
+
+def holds(folder: str | os.PathLike[str], module: ZooModule) -> bool:
+    """Whether a checkpoint folder is what `save` would write of a module now, bit for bit.
+
+    Raises:
+        CheckpointError: When the folder is no checkpoint, or a damaged one.
+        ConfigError: When its configuration is not valid.
+        UnknownNameError: When there is no such architecture.
+    """
+    folder = Path(folder)
+    if read_config(folder) != _config(module):
+        return False
+    path = folder / WEIGHTS_FILE
+    stored, own = _parse_weights(read_bytes(path), path), _tensors(module.published_network)
+    return stored.keys() == own.keys() and all(
+        stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor.detach().cpu())
+        for name, tensor in own.items()
+    )
 
 
 def load(
@@ -366,11 +397,13 @@ def convert(
         raise CheckpointError(f"{checkpoint} is not a local file; addresses are never opened.")
     content = read_training(path)
     recipe = path.with_name(RECIPE_FILE)
-    recipe_text = read_bytes(recipe).decode()
     try:
+        recipe_text = read_bytes(recipe).decode()
         name = yaml.safe_load(recipe_text)["zoo"]["architecture"]
-    except (yaml.YAMLError, TypeError, KeyError) as error:
+    except (ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise CheckpointError(f"{recipe} names no architecture.") from error
+    if not isinstance(name, str):
+        raise CheckpointError(f"{recipe}: architecture must be a name, got {name!r}.")
     module_class = architecture(name).module_class()
     module = _construct(
         module_class,
@@ -519,9 +552,13 @@ def _no_larger_than(tensors: Iterable[Tensor], where: Path) -> Iterator[None]:
     """
     allowed = 4 * sum(tensor.numel() for tensor in tensors) + _SMALL_NETWORK
     total = 0
+    owner = threading.get_ident()
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
         nonlocal total
+        # Hooks are of the whole process: another thread may be building a network of its own.
+        if threading.get_ident() != owner:
+            return
         total += 0 if tensor is None else tensor.numel()
         if total > allowed:
             raise CheckpointError(f"{where} asks for a far larger network than the weights are.")

@@ -53,13 +53,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     parser = _commands(parser).get(options.command or "", parser)
-    listed: list[str] | None = getattr(options, "overrides", getattr(options, "include", None))
+    listed = _list_of(parser, options)
     for word in rest:
-        if word.startswith("-") or listed is None:
+        if word.startswith("-"):
             known = list(parser._option_string_actions)
             parser.error(f"no option {word!r}.{nearest(word.partition('=')[0], known)}")
+        if listed is None:
+            parser.error(f"unexpected argument {word!r}")
         listed.append(word)
     return options
+
+
+def _list_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str] | None:
+    """What a word without an option belongs to; None where there is nothing, or no telling."""
+    several = [action for action in parser._actions if action.nargs in ("*", "+")]
+    several = [action for action in several if not action.option_strings] or several
+    listed = getattr(options, several[0].dest) if len(several) == 1 else None
+    return listed if isinstance(listed, list) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +144,7 @@ def _parser() -> _Parser:
     source.add_argument("--text", action="append", help="a text; may be repeated")
     source.add_argument("--file", action="append", help="a text file; may be repeated")
     source.add_argument("--image", nargs="+", metavar="FILE", help="pictures")
-    sub.add_argument("--top-k", type=int, default=5, help="classes to name of each (5)")
+    sub.add_argument("--top-k", type=int, help="classes to name of each (5)")
 
     sub = command("generate", _generate, "continue a text")
     sub.add_argument("name")
@@ -414,6 +424,8 @@ def _load_text_model(name: str) -> Any:
 def _predict_texts(module: Any, options: argparse.Namespace) -> int:
     from zoo.data.text import read_text
 
+    if options.top_k is not None:
+        raise ZooError(f"{options.name} scores texts and names no classes; leave out --top-k.")
     # Surrogates stand for bytes that are not UTF-8, so that every byte of a file is scored.
     texts = options.text or [
         bytes(read_text(path).tolist()).decode("utf-8", "surrogateescape") for path in options.file
@@ -448,8 +460,12 @@ def _predict_texts(module: Any, options: argparse.Namespace) -> int:
     return OK
 
 
+def _top_k(options: argparse.Namespace) -> int:
+    return 5 if options.top_k is None else int(options.top_k)
+
+
 def _predict_images(module: Any, options: argparse.Namespace) -> int:
-    predictions = module.predict(options.image, top_k=options.top_k)
+    predictions = module.predict(options.image, top_k=_top_k(options))
     return _show_classes("image", "picture", options.image, predictions, options.json)
 
 
@@ -458,7 +474,7 @@ def _predict_topics(module: Any, options: argparse.Namespace) -> int:
 
     texts = options.text or [decode_bytes(read_text(path)) for path in options.file]
     names = options.file or [text if len(text) <= 40 else text[:37] + "..." for text in texts]
-    predictions = module.predict(texts, top_k=options.top_k)
+    predictions = module.predict(texts, top_k=_top_k(options))
     return _show_classes("text", "text", names, predictions, options.json)
 
 
@@ -631,24 +647,40 @@ def _analog(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from zoo import evaluation
 
+    of_a_record = {"--run": options.run_folder, "--commit": options.commit}
     if options.analog:
+        others = {"--record": options.record, "--protocol": options.protocol}
+        _refuse({**others, "--diagnose": options.diagnose, **of_a_record}, "--analog")
         return _analog(options)
     if options.beside or options.figures:
         raise ZooError("--beside and --figures go with --analog.")
-    if options.record:
-        evaluation.record(
+    if not options.record:
+        if any(value is not None for value in of_a_record.values()):
+            raise ZooError("--run and --commit go with --record.")
+        result = evaluation.evaluate(
             options.name,
-            run=options.run_folder,
-            commit=options.commit,
+            options.data_dir,
+            protocols=options.protocol,
             diagnose=options.diagnose,
         )
-    result = evaluation.evaluate(
+        return _show(result, options.json)
+    # A record of some protocols would leave the others without one.
+    _refuse({"--protocol": options.protocol}, "--record")
+    result = evaluation.record(
         options.name,
-        options.data_dir,
-        protocols=options.protocol,
-        diagnose=options.diagnose and not options.record,
+        data_dir=options.data_dir,
+        run=options.run_folder,
+        commit=options.commit,
+        diagnose=options.diagnose,
     )
     return _show(result, options.json)
+
+
+def _refuse(given: dict[str, Any], beside: str) -> None:
+    """Refuse options that would do nothing, with their values by name."""
+    for name, value in given.items():
+        if value not in (None, False):
+            raise ZooError(f"{name} does not go with {beside}.")
 
 
 def _chatter() -> contextlib.AbstractContextManager[Any]:
@@ -823,7 +855,7 @@ def _transfer(options: argparse.Namespace) -> int:
             out=out,
             data=options.data,
         )
-    transfer.write(options.name, points, out)
+    transfer.write(options.name, points, out, options.base)
     if options.json:
         from zoo.configs import to_json
 
@@ -884,9 +916,14 @@ def _done(publication: Publication) -> str:
 
 def _pull(options: argparse.Namespace) -> int:
     from zoo import hub
+    from zoo.files import CONFIG_FILE, WEIGHTS_FILE
 
     with _log_shown():
         folder, card = hub.resolve(options.name, options.revision)
+    needed = (CONFIG_FILE, WEIGHTS_FILE)
+    # A path of this machine is handed on as it is; what it lacks shows when it is loaded.
+    if card is None and not all((folder / name).is_file() for name in needed):
+        raise ZooError(f"{folder} is no checkpoint folder: it needs {' and '.join(needed)}.")
     if options.json:
         _print_json({"folder": str(folder), "name": None if card is None else card.name})
     else:
@@ -962,12 +999,13 @@ def _hub_sandbox(options: argparse.Namespace) -> int:
 def _card(options: argparse.Namespace) -> int:
     from zoo import cards
 
+    # First, since what is drawn is checked by the card, which knows no new files before.
+    card = cards.update(options.name) if options.update else cards.find(options.name)
     if options.figures is not None:
         from zoo import figures
 
-        for path in figures.draw(cards.find(options.name), options.figures or None):
+        for path in figures.draw(card, options.figures or None):
             print(f"Drew {path}", file=sys.stderr)
-    card = cards.update(options.name) if options.update else cards.find(options.name)
     if options.readme:
         cards.update_readme(Path(options.readme))
     return _show_card(card, options.json)

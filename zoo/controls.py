@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import evaluation, training
+from zoo import cards, evaluation, training
 from zoo.cards import Control, shipped_folder
 from zoo.configs import to_json
 from zoo.errors import UnknownNameError, ZooError, nearest
@@ -60,11 +60,23 @@ def find_recipes(name: str) -> list[Path]:
     Raises:
         ZooError: the weight has no controls.
     """
-    paths = sorted((shipped_folder("recipes") / "controls" / name).glob("*.yaml"))
+    home = shipped_folder("recipes") / "controls"
+    paths = sorted((home / name).glob("*.yaml"))
     if not paths:
-        raise ZooError(f"There are no controls for {name!r} under recipes/controls/.")
+        known = [path.name for path in home.glob("*")]
+        raise ZooError(
+            f"There are no controls for {name!r} under recipes/controls/.{nearest(name, known)}"
+        )
     # The recipe that the others are based on is the one that stands alone.
     return sorted(paths, key=lambda path: "\n  base:" in path.read_text(encoding="utf-8"))
+
+
+def _full_name(name: str) -> str:
+    """The full name of a weight; what is no weight stays, since its recipes may be there."""
+    try:
+        return cards.find(name).name
+    except UnknownNameError:
+        return name
 
 
 def run(
@@ -81,7 +93,7 @@ def run(
     now or before.
 
     Args:
-        name: full name of a weight.
+        name: of a weight, or of an architecture, which means its default weight.
         seeds: the seeds to train with, where that has not been done.
         out: folder of the runs; None: `runs/controls/<name>`.
         overrides: `section.key=value`, applied to every control alike.
@@ -89,8 +101,10 @@ def run(
 
     Raises:
         UnknownNameError: there is no such recipe.
+        ConfigError: a finished run was made with other options.
         ZooError: there are no controls, or a run is not possible.
     """
+    name = _full_name(name)
     folder = _folder(name, out)
     recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
     stems = [recipe.path.stem for recipe in recipes]
@@ -100,10 +114,16 @@ def run(
                 f"{name} has no control {stem!r}.{nearest(stem, stems)}"
                 f" There are: {', '.join(stems)}."
             )
-    jobs = [(r, seed) for seed in seeds for r in recipes if only is None or r.path.stem in only]
+    _check_finished(recipes, folder, overrides)
+    jobs = [
+        (r, seed)
+        for seed in dict.fromkeys(seeds)
+        for r in recipes
+        if only is None or r.path.stem in only
+    ]
     for recipe, seed in track(jobs, "controls"):
         _train(recipe, seed, folder / recipe.path.stem / f"seed_{seed}", overrides)
-    return collect(name, out=folder, overrides=overrides)
+    return _collect(name, recipes, folder)
 
 
 def collect(
@@ -115,10 +135,16 @@ def collect(
     """The `Control` records of all finished runs; see `run`.
 
     Raises:
+        ConfigError: a run was made with other options.
         ZooError: a control has no finished run.
     """
-    folder = Path(out)
+    name = _full_name(name)
     recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
+    _check_finished(recipes, Path(out), overrides)
+    return _collect(name, recipes, Path(out))
+
+
+def _collect(name: str, recipes: Sequence[training.Recipe], folder: Path) -> list[Control]:
     speeds = _speeds(recipes)
     controls: list[Control] = []
     for protocol in _protocols(recipes[0]):
@@ -136,6 +162,7 @@ def finished_runs(name: str, out: str | os.PathLike[str] | None = None) -> dict[
     Raises:
         ZooError: there are no controls.
     """
+    name = _full_name(name)
     folder = _folder(name, out)
     recipes = [training.read_recipe(path) for path in find_recipes(name)]
     found = {
@@ -174,13 +201,25 @@ def _folder(name: str, out: str | os.PathLike[str] | None) -> Path:
     return Path("runs/controls") / name if out is None else Path(out)
 
 
+def _seeded(recipe: training.Recipe, seed: int, overrides: Sequence[str]) -> training.Recipe:
+    return training.read_recipe(
+        recipe.path, [*overrides, f"seed_everything={seed}", f"data.seed={seed}"]
+    )
+
+
+def _check_finished(
+    recipes: Sequence[training.Recipe], folder: Path, overrides: Sequence[str]
+) -> None:
+    """Check that all finished runs, of whatever seed, are of these recipes and overrides."""
+    for recipe in recipes:
+        for seed, path in _outcomes(folder / recipe.path.stem).items():
+            training.check_finished(_seeded(recipe, seed, overrides), path.parent)
+
+
 def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence[str]) -> None:
     if (folder / _OUTCOME).is_file():
         return
-    seeded = training.read_recipe(
-        recipe.path, [*overrides, f"seed_everything={seed}", f"data.seed={seed}"]
-    )
-    done = training.fit(seeded, out=folder, resume=True)
+    done = training.fit(_seeded(recipe, seed, overrides), out=folder, resume=True)
     measured = {}
     for protocol in done.module.protocols_on(done.datamodule):
         measurement = done.module.measure(done.datamodule, protocol)

@@ -296,10 +296,11 @@ def record(
     folder: str | os.PathLike[str],
     name: str | None = None,
     *,
+    data_dir: str | os.PathLike[str] | None = None,
     run: str | os.PathLike[str] | None = None,
     commit: str | None = None,
     diagnose: bool = False,
-) -> Measurements:
+) -> Evaluation:
     """Evaluate a checkpoint folder and write what came out to its `results.json`.
 
     Controls, diagnostics and facts on the training that the file already holds are kept.
@@ -307,9 +308,13 @@ def record(
     Args:
         folder: a checkpoint folder.
         name: full name of the weight; None: what its recipe says.
+        data_dir: folder to look for the data in first.
         run: run folder that the weight comes from, for the facts on its training.
         commit: commit of this project that trained it; None: what the run says.
         diagnose: compute the model's diagnostics anew.
+
+    Returns:
+        What was measured, beside the record that it became.
 
     Raises:
         ZooError: the folder has no recipe that names a weight, or `run` is no run folder.
@@ -327,7 +332,7 @@ def record(
         facts.update(training.read_facts(Path(run)))
     if commit is not None:
         facts["source_commit"] = commit
-    evaluation = evaluate(folder, diagnose=diagnose)
+    evaluation = evaluate(folder, data_dir, diagnose=diagnose)
     seed = recipe.options.get("seed_everything", 0)
     results = tuple(
         as_result(
@@ -348,7 +353,8 @@ def record(
         diagnostics=evaluation.diagnostics or (before.diagnostics if before else {}),
     )
     files.write_json(folder / files.RESULTS_FILE, to_json(measurements))
-    return measurements
+    compared = tuple(_compare(outcome, results) for outcome in evaluation.outcomes)
+    return dataclasses.replace(evaluation, outcomes=compared)
 
 
 def _recipe(folder: Path) -> training.Recipe:

@@ -145,14 +145,18 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
 
 
+def is_leftover(name: str, of: str) -> bool:
+    """Whether a name is one that `partial_path` gives beside a file or folder called `of`."""
+    return bool(re.fullmatch(rf"\.{re.escape(of)}\.[0-9a-f]{{32}}\.(part|old)", name))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed have left under names of `partial_path`.
 
     Only what was not touched for an hour: until then it may be of a process that is at work.
     """
-    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.(part|old)")
     for path in folder.parent.iterdir():
-        if name.fullmatch(path.name) and time.time() - _touched(path) > LEFT_OVER:
+        if is_leftover(path.name, folder.name) and time.time() - _touched(path) > LEFT_OVER:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FineTuned", "detect", "finetune", "rows"]
 
+_BASE = "base"
+"""In a run folder: the base, where it came from memory."""
+
 _BEFORE = "before.json"
 _KINDS = {
     "images": "a folder with one folder of pictures for each class",
@@ -138,7 +141,7 @@ def finetune(
             f"new classes at any time."
         )
     kind, options = _described(data, base, entry, label, seed)
-    tag = _slug(name or str(options.get("path") or options.get("dataset") or kind))
+    tag = _slug(name or _source(options) or kind)
     folder = Path("runs") / f"{entry.name}.{tag}" if out is None else Path(out)
     in_memory = not isinstance(model, (str, os.PathLike))
     trainer = {
@@ -153,7 +156,7 @@ def finetune(
             "data": kind,
             "weight": f"{entry.name}.{tag}",
             "finetune": {
-                "base_model": str(folder / "base") if in_memory else source,
+                "base_model": str(folder / _BASE) if in_memory else source,
                 "freeze": freeze if freeze is None or isinstance(freeze, str) else list(freeze),
                 "adapters": adapters,
                 "rank": rank,
@@ -194,10 +197,15 @@ def finetune(
         _sizes(base, datamodule, num_classes, fixed=in_memory)
     )
 
+    # Of a base in memory the recipe says where its copy is, and not which weights those are.
+    begun = in_memory and (folder / "last.ckpt").exists() and (folder / _BASE).is_dir()
+    if begun and not checkpoints.holds(folder / _BASE, base):
+        raise ConfigError(f"{folder} holds a fine-tuning of other weights; choose another `out`.")
+
     def prepared(module: ZooModule, datamodule: Any) -> None:
         if _is_first_process():
             if in_memory:
-                checkpoints.save(base, folder / "base")
+                checkpoints.save(base, folder / _BASE)
             found = evaluation.evaluate_module(module, datamodule)
             values = {"outcomes": [_plain(outcome) for outcome in found]}
             files.write_json(folder / _BEFORE, values)
@@ -349,9 +357,19 @@ def _described(
 
 
 def _slug(name: str) -> str:
-    """A name in kebab case, of that of a file or folder."""
-    text = re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower()).strip("-")
-    return text or "mine"
+    """A name in kebab case."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "mine"
+
+
+def _source(options: dict[str, Any]) -> str:
+    """What the data are called: a file without its suffix, a folder or a known set; "" if nothing.
+
+    A folder has no suffix: in `data.2024` the year belongs to the name.
+    """
+    if not options.get("path"):
+        return str(options.get("dataset") or "")
+    path = Path(options["path"]).expanduser()
+    return path.name if path.is_dir() else path.stem
 
 
 # --- what came of it -----------------------------------------------------------------------------

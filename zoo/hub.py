@@ -65,6 +65,10 @@ def resolve(
         ConfigError: When a revision of a local folder is asked for, or two revisions are given.
     """
     text = os.fspath(name)
+    if not text:
+        raise UnknownNameError(
+            "The name is empty: give a weight, a checkpoint folder, or owner/name on the Hub."
+        )
     if not text.startswith(_SCHEME):
         try:
             return _of_the_zoo(find(text), revision, local_files_only)

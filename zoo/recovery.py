@@ -86,43 +86,53 @@ def run(
             the gates alone are trained, and nets of fewer or more experts are left out.
 
     Raises:
-        ConfigError: there is no number of tasks or no seed.
+        ConfigError: there is no number of tasks or no seed, or a finished run was made with other
+            options.
         ZooError: a run is not possible.
     """
     if not tasks or not seeds:
         raise ConfigError("recovery needs at least one number of tasks and one seed.")
+    # The same run counted twice would narrow the intervals.
+    tasks, seeds = tuple(dict.fromkeys(tasks)), tuple(dict.fromkeys(seeds))
     jobs = [
-        (path, count, seed)
+        (job, count, Path(out) / f"tasks_{count}" / job.path.stem / f"seed_{seed}")
         for seed in seeds
         for count in tasks
         for path in controls.find_recipes(NAME)
+        if (job := _job(path, count, seed, overrides)) is not None
     ]
+    for recipe, _, folder in jobs:
+        if (folder / _OUTCOME).is_file():
+            training.check_finished(recipe, folder)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for path, count, seed in track(jobs, "recovery"):
-        folder = Path(out) / f"tasks_{count}" / path.stem / f"seed_{seed}"
-        changes = [
-            *overrides,
-            f"data.tasks={count}",
-            f"model.network.num_tasks={count}",
-            f"seed_everything={seed}",
-            f"data.seed={seed}",
-        ]
-        recipe = training.read_recipe(path, changes)
-        if recipe.options["model"]["network"]["gate"]["kind"] == "fixed":
-            recipe.options["model"]["network"]["num_experts"] = count  # one for each task
-        model = recipe.options["model"]
-        as_many = model["network"]["num_experts"] == recipe.options["data"]["experts"]
-        if as_many or not model["true_experts"]:
-            found.setdefault((recipe.name, count), []).append(_train(recipe, folder))
+    for recipe, count, folder in track(jobs, "recovery"):
+        found.setdefault((recipe.name, count), []).append(_train(recipe, folder))
     return [
         Arm(
             gate=gate,
             tasks=count,
-            seeds=tuple(seeds),
+            seeds=seeds,
             values={name: tuple(result[name] for result in results) for name in MEASURES},
         )
         for (gate, count), results in found.items()
     ]
+
+
+def _job(path: Path, tasks: int, seed: int, overrides: Sequence[str]) -> training.Recipe | None:
+    """The recipe of one run; None where the gate is none that the overrides are for."""
+    changes = [
+        *overrides,
+        f"data.tasks={tasks}",
+        f"model.network.num_tasks={tasks}",
+        f"seed_everything={seed}",
+        f"data.seed={seed}",
+    ]
+    recipe = training.read_recipe(path, changes)
+    if recipe.options["model"]["network"]["gate"]["kind"] == "fixed":
+        recipe.options["model"]["network"]["num_experts"] = tasks  # one for each task
+    model = recipe.options["model"]
+    as_many = model["network"]["num_experts"] == recipe.options["data"]["experts"]
+    return recipe if as_many or not model["true_experts"] else None
 
 
 def _train(recipe: training.Recipe, folder: Path) -> dict[str, float]:

@@ -39,6 +39,7 @@ __all__ = [
     "DATA_MODULES",
     "Recipe",
     "Run",
+    "check_finished",
     "data_module",
     "find_recipe",
     "fit",
@@ -64,6 +65,24 @@ DATA_MODULES: dict[str, str] = {
 """Data modules that a recipe can name."""
 
 _SECTIONS = ("zoo", "seed_everything", "trainer", "model", "data")
+_OF_KEYS = ("trainer", "model", "data")
+"""Sections that hold keys, and that may be left empty."""
+
+_DECISIVE = (
+    "accumulate_grad_batches",
+    "fast_dev_run",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "max_epochs",
+    "max_steps",
+    "max_time",
+    "min_epochs",
+    "min_steps",
+    "overfit_batches",
+)
+"""Options of the trainer that decide what is learned; of the others, the machine and its owner."""
+
 _ZOO_KEYS = ("architecture", "data", "weight", "base", "name", "differs", "finetune")
 
 
@@ -140,7 +159,8 @@ def read_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
 
     Args:
         name_or_path: a file or the name of a recipe of the package.
-        overrides: values in YAML, as in `data.path=my.txt` or `trainer.max_epochs=3`.
+        overrides: values in YAML, as in `trainer.max_epochs=3`; those of keys that end in `path`
+            or `data_dir`, as in `data.path=my.txt`, are text, or null.
 
     Raises:
         ConfigError: the file is no recipe, or an override is malformed.
@@ -162,8 +182,10 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: Path) ->
         ConfigError: these are no sections of a recipe, or an override is malformed.
         UnknownNameError: no such architecture or data module.
     """
+    _drop_empty(values)
     for override in overrides:
         _apply(values, override)
+    _check_keys(values, str(path))
     header = values.pop("zoo")
     for key in values:
         if key not in _SECTIONS:
@@ -171,9 +193,15 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: Path) ->
     for key in header:
         if key not in _ZOO_KEYS:
             raise ConfigError(f"{path}: unknown key zoo.{key}.{nearest(key, _ZOO_KEYS)}")
+    for section in _OF_KEYS:
+        if not isinstance(values.get(section, {}), dict):
+            raise ConfigError(f"{path}: section {section!r} must hold keys.")
     for key in ("architecture", "data"):
         if not isinstance(header.get(key), str):
             raise ConfigError(f"{path}: section 'zoo' needs {key!r}.")
+    for key in ("weight", "name", "differs"):
+        if not isinstance(header.get(key), (str, type(None))):
+            raise ConfigError(f"{path}: zoo.{key} must be text, got {header[key]!r}.")
     architecture(header["architecture"])
     if header["data"] not in DATA_MODULES:
         raise UnknownNameError(
@@ -194,15 +222,32 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: Path) ->
     )
 
 
+def _drop_empty(values: dict[str, Any]) -> None:
+    """Remove sections of which no more is there than `data:`."""
+    for section in _OF_KEYS:
+        if values.get(section, {}) is None:
+            del values[section]
+
+
+def _check_keys(values: dict[Any, Any], where: str) -> None:
+    """Check that all keys are text: YAML makes numbers, dates and truth values of what looks so."""
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: keys must be text, got {key!r}; put it in quotes.")
+        if isinstance(value, dict):
+            _check_keys(value, where)
+
+
 def _read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """Values of a recipe, on top of those of the recipe beside it that `zoo.base` names."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # as of no UTF-8, or of a date that is none
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path} is not readable YAML: {reason}") from None
     if not isinstance(values, dict) or not isinstance(values.get("zoo"), dict):
         raise ConfigError(f"{path} is no recipe: it has no section 'zoo' with an architecture.")
+    _drop_empty(values)  # which change nothing of what the base says
     base = values["zoo"].pop("base", None)
     if base is None:
         return values
@@ -233,15 +278,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
             f"Unknown section {parts[0]!r} in {override!r}.{nearest(parts[0], _SECTIONS)}"
             f" There are: {', '.join(_SECTIONS)}."
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"Cannot read the value in {override!r} as YAML.") from None
-    if isinstance(value, str):
-        # YAML 1.1 takes 1e-3 for a string; people mean a number.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if len(parts) == 1 and isinstance(values.get(key), dict):
+    is_path = parts[-1].endswith(("path", "data_dir"))
+    value = _text_of_path(text) if is_path else _value(text, override)
+    if len(parts) == 1 and (key in _OF_KEYS or isinstance(values.get(key), dict)):
         raise ConfigError(
             f"{override!r}: {key!r} is a section; name a key in it, as {key}.key=value."
         )
@@ -252,6 +291,30 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override!r}: {part!r} is a value, not a section.")
         node = child
     node[parts[-1]] = value
+
+
+def _value(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # the latter of what looks like a date and is none
+        raise ConfigError(f"Cannot read the value in {override!r} as YAML.") from None
+    if isinstance(value, str):
+        # YAML 1.1 takes 1e-3 for a string; people mean a number.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _text_of_path(text: str) -> str | None:
+    """The text as it is, since 1984, no and 1e5 are names of files too; None for null.
+
+    Quotes are those of YAML, of people who know that other values are YAML.
+    """
+    if text.strip() in ("", "null", "~"):
+        return None
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return text
 
 
 def _import(reference: str) -> Any:
@@ -269,11 +332,24 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
     Raises:
         ConfigError: an option is unknown or has a wrong value.
     """
+    return _cli(recipe, trainer)
+
+
+def _cli(recipe: Recipe, trainer: dict[str, Any], *, build: bool = True) -> Any:
+    """LightningCLI of a recipe; without `build` it has parsed the options and done no more."""
     from lightning.pytorch.cli import LightningCLI
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: Any) -> None:
             parser.exit_on_error = False
+
+        def _set_seed(self) -> None:
+            if build:
+                super()._set_seed()
+
+        def instantiate_classes(self) -> None:
+            if build:
+                super().instantiate_classes()
 
     module_class = architecture(recipe.architecture).module_class()
     data_class = _import(DATA_MODULES[recipe.data])
@@ -284,7 +360,7 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
             return CLI(
                 module_class,
                 data_class,
-                args=_with_usable_precision(recipe.options),
+                args=_with_usable_precision(recipe.options) if build else recipe.options,
                 run=False,
                 save_config_callback=None,
                 seed_everything_default=0,
@@ -300,6 +376,51 @@ def instantiate(recipe: Recipe, **trainer: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(f"{recipe.path}: {_one_line(error)}") from error
+
+
+def check_finished(recipe: Recipe, folder: Path) -> None:
+    """Check that a finished run was made with the options of a recipe, where it says with which.
+
+    What may differ is what the run is called, where its data lie and what machine it is for.
+
+    Raises:
+        ConfigError: an option differs, or the recipe is not usable.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return
+    now = _decisive(_resolved(_cli(recipe, {}, build=False), recipe))
+    before = _decisive(_read_yaml(path))
+    if before != now:
+        # An option that came after the run has the default that the run had without it.
+        stored = read_recipe(path)
+        before = _decisive(_resolved(_cli(stored, {}, build=False), stored))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{folder} was made with other options ({key} was {before.get(key)!r}, not "
+                f"{now.get(key)!r}); choose another --out."
+            )
+
+
+def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide what comes of a training, by their full names."""
+    header = resolved["zoo"]
+    found = {key: header.get(key) for key in ("architecture", "data")}
+    found["seed_everything"] = resolved.get("seed_everything")
+    trainer = resolved.get("trainer", {})
+    _flatten(found, "trainer", {key: trainer.get(key) for key in _DECISIVE})
+    _flatten(found, "model", resolved.get("model"))
+    _flatten(found, "data", {**resolved.get("data", {}), "data_dir": None})
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _flatten(found: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _flatten(found, f"{name}.{key}", item)
+    else:
+        found[name] = value
 
 
 def _with_usable_precision(options: dict[str, Any]) -> dict[str, Any]:
@@ -398,7 +519,8 @@ def fit(
         prepared: is called with the module and the data module before the first step of all.
 
     Raises:
-        ConfigError: the recipe is not usable, or differs from the one that is resumed.
+        ConfigError: the recipe is not usable, differs from the one that is resumed, or asks for
+            fewer epochs than that one has.
         DataError: the data are missing or too small.
         ZooError: the run folder holds a run and `resume` is False, or cannot be written.
         CheckpointError: `last.ckpt` is damaged, or holds more than tensors and plain values.
@@ -420,8 +542,8 @@ def fit(
             f"{folder} holds an earlier run; add --resume to go on with it, or choose another "
             "--out folder."
         )
-    if last.exists():
-        checkpoints.read_training(last)  # Lightning refuses what is unsafe too, in many lines
+    # Lightning refuses what is unsafe too, in many lines.
+    epochs = checkpoints.read_training(last).get("epoch", -1) + 1 if last.exists() else 0
     with warnings.catch_warnings():
         _quieten()
         bar = recipe.options.get("trainer", {}).get("enable_progress_bar", True)
@@ -434,6 +556,12 @@ def fit(
         resolved = _resolved(cli, recipe)
         if last.exists():
             _check_same(resolved, folder / "recipe.yaml")
+            most = cli.trainer.max_epochs
+            if most is not None and -1 < most < epochs:
+                raise ConfigError(
+                    f"{folder} has come to epoch {epochs} already, and max_epochs is {most}: ask "
+                    f"for as many at least, or choose another --out folder."
+                )
         cli.datamodule.setup("fit")
         sharded = isinstance(cli.trainer.strategy, FSDPStrategy)
         if recipe.finetune is not None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zoo import checkpoints, evaluation, files, finetuning, hub, training
+from zoo import cards, checkpoints, evaluation, files, finetuning, hub, training
 from zoo.data.images import ImageDataModule, ImageSplit
 from zoo.data.ratings import Ratings, RatingsDataModule, read_ratings_csv
 from zoo.data.sources import data_dirs
@@ -320,7 +320,7 @@ def run(
             the users that are to be new.
 
     Raises:
-        ConfigError: there is no amount or no seed.
+        ConfigError: there is no amount or no seed, or a finished run was made with other options.
         UnknownNameError: there is no such example.
         ZooError: a weight or data are not to be had, or a run is not possible.
     """
@@ -332,16 +332,25 @@ def run(
     amounts, steps = amounts or example.amounts, steps or example.steps
     if not seeds or min(amounts) < 1:
         raise ConfigError("transfer needs at least one seed, and amounts of at least 1.")
+    # The same run counted twice would narrow the intervals.
+    amounts, seeds = tuple(dict.fromkeys(amounts)), tuple(dict.fromkeys(seeds))
     folder = Path("runs") / "transfer" / name if out is None else Path(out)
-    start: str | os.PathLike[str] = base or example.base
-    if name == "new-users" and base is None:
-        start = _base_of_others(folder / "base", source, pretraining)
-    hub.resolve(start)  # before anything is written
+    start = _start(name, base, folder)
     arms = [SCRATCH, *example.ways]
+    jobs = [
+        (amount, seed, folder / f"amount_{amount}" / f"seed_{seed}")
+        for amount in amounts
+        for seed in seeds
+    ]
+    for _, _, where in jobs:
+        for arm in arms:
+            if (where / arm / _OUTCOME).is_file():
+                _check_finished(where / arm, start, steps)
+    if start == _own_base(folder):
+        _train_base_of_others(folder / "base", source, pretraining)
+    hub.resolve(start)  # before anything is written
     found: dict[tuple[str, int], list[Outcome]] = {}
-    jobs = [(amount, seed) for amount in amounts for seed in seeds]
-    for amount, seed in track(jobs, name):
-        where = folder / f"amount_{amount}" / f"seed_{seed}"
+    for amount, seed, where in track(jobs, name):
         if not all((where / arm / _OUTCOME).is_file() for arm in arms):
             where.mkdir(parents=True, exist_ok=True)
             path, options = example.write(where, amount, seed, source)
@@ -351,11 +360,57 @@ def run(
                 _train(where, example, start, path, options, seed, steps)
         for arm in arms:
             found.setdefault((arm, amount), []).append(_outcome(where / arm))
-    return _points(found, tuple(seeds))
+    return _points(found, seeds)
 
 
-def _base_of_others(folder: Path, source: Path | None, overrides: Sequence[str]) -> Path:
-    """The recommender, trained by its recipe on all users but the new ones."""
+def _start(name: str, base: str | os.PathLike[str] | None, folder: Path) -> str | os.PathLike[str]:
+    """What an example starts from, with its runs in a folder: a name or a checkpoint folder."""
+    if name == "new-users" and base is None:
+        return _own_base(folder)
+    return base or EXAMPLES[name].base
+
+
+def _own_base(folder: Path) -> Path:
+    """Where the base of "new-users" is, which is trained beside its runs."""
+    return folder / "base" / "run" / "checkpoint"
+
+
+def _check_finished(run: Path, base: str | os.PathLike[str], steps: int) -> None:
+    """Check that a finished run started from this base and was that long, where it says so.
+
+    Raises:
+        ConfigError: it did not, or was not.
+    """
+    before: dict[str, Any] = {"base": read_json(run / _OUTCOME).get("base")}
+    if (run / files.RECIPE_FILE).is_file():
+        recipe = training.read_recipe(run / files.RECIPE_FILE)
+        before["steps"] = recipe.options["trainer"].get("max_steps")
+        if recipe.finetune is not None:
+            before["base"] = recipe.finetune.base_model
+    wanted: dict[str, str | int] = {"base": os.fspath(base), "steps": steps}
+    for key, now in wanted.items():
+        known = before.get(key)
+        if known is not None and not _same(known, now):
+            raise ConfigError(
+                f"{run} was made with other options ({key} was {known!r}, not {now!r}); choose "
+                f"another --out."
+            )
+
+
+def _same(a: str | int, b: str | int) -> bool:
+    """Whether options are the same, or lead to the same weight or folder."""
+    if a == b or not (isinstance(a, str) and isinstance(b, str)):
+        return a == b
+    if Path(a).exists() and Path(b).exists():
+        return Path(a).samefile(b)
+    try:
+        return cards.find(a) == cards.find(b)
+    except UnknownNameError:
+        return False
+
+
+def _train_base_of_others(folder: Path, source: Path | None, overrides: Sequence[str]) -> None:
+    """Train the recommender by its recipe on all users but the new ones."""
     ratings = _ratings(source)
     folder.mkdir(parents=True, exist_ok=True)
     others = set(ratings.user_ids) - _group(ratings)
@@ -371,7 +426,10 @@ def _base_of_others(folder: Path, source: Path | None, overrides: Sequence[str])
             *overrides,
         ],
     )
-    return training.fit(recipe, out=folder / "run", resume=True).checkpoint
+    if (folder / "run" / "checkpoint").is_dir():
+        # More epochs than it has would make another base of it, under runs that began with it.
+        training.check_finished(recipe, folder / "run")
+    training.fit(recipe, out=folder / "run", resume=True)
 
 
 def _train(
@@ -392,7 +450,7 @@ def _train(
         tuned = finetuning.finetune(
             base, path, epochs=steps, seed=seed, out=where / way, overrides=overrides, **changes
         )
-        _keep(where / way, tuned.finetuned.after[0])
+        _keep(where / way, tuned.finetuned.after[0], base)
     if not (where / SCRATCH / _OUTCOME).is_file():
         recipe = training.read_recipe(where / PRETRAINED / "checkpoint" / "recipe.yaml")
         optimizer = recipe.options["model"]["optimizer"]
@@ -401,7 +459,8 @@ def _train(
             dataclasses.replace(recipe, finetune=None), out=where / SCRATCH, resume=True
         )
         module = checkpoints.load(done.checkpoint)
-        _keep(where / SCRATCH, evaluation.evaluate_module(module, training.data_module(recipe))[0])
+        measured = evaluation.evaluate_module(module, training.data_module(recipe))
+        _keep(where / SCRATCH, measured[0], base)
 
 
 def _learn_classes(where: Path, path: Path, base: str | os.PathLike[str]) -> None:
@@ -439,17 +498,19 @@ def _learn_classes(where: Path, path: Path, base: str | os.PathLike[str]) -> Non
             interval_method="Wilson",
             split="test",
         )
-        _keep(where / arm, outcome)
+        _keep(where / arm, outcome, base)
 
 
-def _keep(folder: Path, outcome: Outcome) -> None:
+def _keep(folder: Path, outcome: Outcome, base: str | os.PathLike[str]) -> None:
     values = dataclasses.asdict(outcome)
     kept = ("metric", "value", "n", "interval", "interval_method", "protocol")
-    write_json(folder / _OUTCOME, {key: values[key] for key in kept})
+    stored = {key: values[key] for key in kept}
+    write_json(folder / _OUTCOME, {**stored, "base": os.fspath(base)})
 
 
 def _outcome(folder: Path) -> Outcome:
     stored = read_json(folder / _OUTCOME)
+    stored.pop("base", None)
     low, high = stored.pop("interval")
     return Outcome(unit="sample", interval=(low, high), **stored)
 
@@ -503,14 +564,26 @@ def _with_interval(summary: Summary, sign: str = "") -> str:
     return f"{summary.mean:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
 
 
-def write(name: str, points: Sequence[Point], folder: str | os.PathLike[str]) -> None:
-    """Keep everything as `transfer.json`, and the table as `transfer.md`."""
+def write(
+    name: str,
+    points: Sequence[Point],
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+) -> None:
+    """Keep everything as `transfer.json`, and the table as `transfer.md`.
+
+    Args:
+        name: of the example.
+        points: what `run` returned.
+        folder: of the runs.
+        base: as of `run`.
+    """
     folder, example = Path(folder), EXAMPLES[name]
     write_json(
         folder / "transfer.json",
         {
             "example": name,
-            "base": example.base,
+            "base": os.fspath(_start(name, base, folder)),
             "unit": example.unit,
             "points": [dataclasses.asdict(point) | {"verdict": point.verdict} for point in points],
         },

@@ -19,6 +19,7 @@ import zoo
 from tests.hub.published import ROOT
 from tests.tiny import run as run_command
 from zoo import cards
+from zoo.errors import UnknownNameError
 from zoo.files import CARD_FILE, CHECKPOINT_FILES
 from zoo.sandbox import Sandbox
 
@@ -178,3 +179,22 @@ def test_from_the_sandbox_to_a_load_without_it(
         assert listener.visits > 0
     finally:
         listener.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "The name is empty: give a weight, a checkpoint folder, or owner/name on the Hub."),
+        ("{}", "{} is no checkpoint folder: it needs config.json and model.safetensors."),
+        ("{}/file", "{}/file is no checkpoint folder: it needs config.json and model.safetensors."),
+    ],
+)
+def test_what_is_no_weight_is_not_pulled(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = run_command("pull", name.format(tmp_path))
+    assert (said.status, said.out) == (2, "")
+    assert said.err.splitlines()[-1] == f"zoo: {message.format(tmp_path)}"
+    folder = cards.pretrained_folder(WEIGHT)
+    assert run_command("pull", folder).out == f"{folder}\n"
+    with pytest.raises(UnknownNameError, match="The name is empty"):
+        zoo.load("")

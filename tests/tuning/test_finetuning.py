@@ -408,6 +408,37 @@ def test_another_fine_tuning_does_not_go_on_with_it(done: Any, base: Path, four:
     assert weights(done.finetuned.checkpoint) == before
 
 
+def test_fewer_epochs_than_are_done(done: Any, base: Path, four: Path) -> None:
+    before = weights(done.finetuned.checkpoint)
+    with pytest.raises(ConfigError, match="has come to epoch 3 already, and max_epochs is 1"):
+        zoo.finetune(base, four, out=done.finetuned.folder, **{**IMAGES, "epochs": 1})
+    assert weights(done.finetuned.checkpoint) == before
+
+
+def test_a_module_in_memory_goes_on_with_its_own_run_alone(
+    base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is named after the data, whichever weights the module has."""
+    monkeypatch.chdir(tmp_path)
+    short = {**IMAGES, "epochs": 1, "lr": 0.01}
+    module = zoo.load(base, num_classes=4, seed=1)
+    first = zoo.finetune(module, four, **short).finetuned
+    trained = weights(first.checkpoint)
+    again = zoo.finetune(zoo.load(base, num_classes=4, seed=1), four, **short).finetuned
+    assert (again.folder, again.before) == (first.folder, first.before)
+    with torch.no_grad():
+        module.network.conv.weight += 1.0
+    for other in (module, zoo.load(base, num_classes=4, seed=2)):
+        with pytest.raises(ConfigError) as caught:
+            zoo.finetune(other, four, **short)
+        assert str(caught.value) == (
+            f"{first.folder} holds a fine-tuning of other weights; choose another `out`."
+        )
+    assert weights(first.checkpoint) == trained
+    moved = zoo.finetune(module, four, out="other", **short).finetuned
+    assert weights(moved.checkpoint) != trained
+
+
 def test_a_run_from_before_an_option_existed_goes_on() -> None:
     before = {"model": {"lr": 1.0}, "x": None}
     assert training._agree(before, {"model": {"lr": 1.0, "layer_decay": None}, "x": None})
@@ -558,6 +589,22 @@ def test_kinds_of_data(name: str, kind: str, tmp_path: Path) -> None:
     assert finetuning.detect(tmp_path) == "images"
     with pytest.raises(DataError, match="There is no file or folder"):
         finetuning.detect(tmp_path / "b" / "c")
+
+
+def test_a_name_is_kept_whole_and_data_lend_theirs(
+    base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a file has a suffix to leave out."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(four, "data.2024")
+    assert finetuning._source({"path": "data.2024"}) == "data.2024"
+    assert finetuning._source({"path": str(file(tmp_path / "x", "v1.2.csv", b"x"))}) == "v1.2"
+    assert finetuning._source({"path": None, "dataset": "mnist"}) == "mnist"
+    assert finetuning._source({"path": None}) == ""
+    short = {**IMAGES, "epochs": 1}
+    for name, tag in (("v1.2", "v1-2"), (None, "data-2024")):
+        module = zoo.finetune(base, "data.2024", name=name, **short)
+        assert module.finetuned.folder == Path(f"runs/tiny-classifier.{tag}")
 
 
 # --- several processes ---------------------------------------------------------------------------
