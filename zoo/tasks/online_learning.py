@@ -88,7 +88,7 @@ class OnlineClassifier(ZooModule):
         self.record: StreamRecord | None = None
         self._encodings: Tensor | None = None
         self._test_encodings: Tensor | None = None
-        self._encoded: tuple[Any, str] | None = None
+        self._encoded_stream: tuple[Any, str] | None = None
 
     @property
     def config(self) -> OnlineNetworkConfig:
@@ -272,7 +272,7 @@ class OnlineClassifier(ZooModule):
         classes = max(len(datamodule.classes), self.network.learner.num_classes)
         self.record = StreamRecord(classes, datamodule.stream.task_classes)
         self._encodings, self._test_encodings = self._kept_encodings(datamodule)
-        self._encoded = datamodule, self._encoder_digest()
+        self._encoded_stream = datamodule, self._encoder_digest()
 
     def load_encoder(self, name: str | os.PathLike[str]) -> None:
         """Take the encoder of a checkpoint folder, or of a weight that is bundled.
@@ -445,8 +445,8 @@ class OnlineClassifier(ZooModule):
 
     def _encodings_of_tests(self, datamodule: Any) -> Tensor:
         """Those of a stream that was just learned, where these are its data and its encoder."""
-        if self._encoded is not None and self._test_encodings is not None:
-            data, digest = self._encoded
+        if self._encoded_stream is not None and self._test_encodings is not None:
+            data, digest = self._encoded_stream
             if data is datamodule and digest == self._encoder_digest():
                 return self._test_encodings
         return self._encode_test(datamodule)
