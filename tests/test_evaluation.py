@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from tests.tiny import SEGMENT, copy, write_recipe
-from zoo import cards, checkpoints, controls, evaluation, training
+from zoo import _card_tables, cards, checkpoints, controls, evaluation, training
 from zoo.cards import Card, Measurements, Result
-from zoo.errors import CheckpointError, ZooError
+from zoo.errors import CheckpointError, ConfigError, ZooError
 from zoo.evaluation import Evaluation, Outcome, bootstrap_interval, wilson_interval
 from zoo.files import RECIPE_FILE, RESULTS_FILE, WEIGHTS_FILE
 from zoo.tasks.base import Measurement
@@ -381,6 +382,30 @@ def test_reproduce(tiny_card: Card, tmp_path: Path) -> None:
     other = evaluation.reproduce("tiny", out=tmp_path / "other", overrides=["seed_everything=2"])
     assert [o.passed for o in other.outcomes] == [False, True]
     assert (other.passed, other.verdict) == (False, "NOT reproduced")
+
+
+def test_a_reproduction_is_recorded(tiny_card: Card, folder: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(folder, tmp_path / "weight")
+    before = cards.read_measurements(target / RESULTS_FILE)
+    result = evaluation.reproduce("tiny", out=tmp_path / "run", record=target)
+    after = cards.read_measurements(target / RESULTS_FILE)
+    found = after.training["reproduction"]
+    assert dataclasses.replace(after, training=before.training) == before
+    assert {k: v for k, v in after.training.items() if k != "reproduction"} == before.training
+    assert found["command"] == f"zoo reproduce {tiny_card.name}"
+    assert (found["seed"], found["epochs"]) == (1, 1)
+    assert [one["value"] for one in found["outcomes"]] == [o.value for o in result.outcomes]
+    assert [one["passed"] for one in found["outcomes"]] == [True, True]
+    text = _card_tables.fill_all(
+        dataclasses.replace(tiny_card, training={**tiny_card.training, "reproduction": found})
+    )
+    line = next(x for x in text.splitlines() if x.startswith("Trained again by"))
+    assert f"{result.value:.4f} (stream; within 0.0000 of the recorded {result.value:.4f})" in line
+    with pytest.raises(ConfigError, match=r"as it is can be recorded, without seed_everything=2\."):
+        evaluation.reproduce("tiny", record=target, overrides=["seed_everything=2"])
+    (target / RESULTS_FILE).unlink()
+    with pytest.raises(ZooError, match=r"has no results\.json to add a reproduction to"):
+        evaluation.reproduce("tiny", record=target)
 
 
 def test_reproduce_needs_a_spread(tiny_card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

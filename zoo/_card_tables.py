@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from zoo.cards import Card, Control, Result
 
 
+_PRECISIONS = {"32-true": ", in float32", "bf16-mixed": ", in bfloat16"}
+
+
 def fill(text: str, marker: str, content: str, where: str) -> str:
     """Replace what stands between `<!-- zoo:marker -->` and `<!-- /zoo:marker -->`.
 
@@ -83,6 +86,28 @@ def models(cards: Iterable[Card]) -> str:
 
 
 def _results(card: Card) -> str:
+    return "\n\n".join(filter(None, (_result_table(card), _reproduction(card))))
+
+
+def _reproduction(card: Card) -> str:
+    """What came out when the recipe was run again; nothing where nobody has recorded that."""
+    found = card.training.get("reproduction")
+    if not found:
+        return ""
+    outcomes = [
+        f"{_number(one['value'])} ({one['protocol']}; "
+        f"{'within' if one['passed'] else '**not within**'} {_number(one['tolerance'])} of the "
+        f"recorded {_number(one['recorded'])})"
+        for one in found["outcomes"]
+    ]
+    return (
+        f"Trained again by `{found['command']}` on {found['date']}, with seed {found['seed']}"
+        f"{_PRECISIONS.get(found['precision'], '')}, on {found['machine']}, in "
+        f"{found['cpu_minutes']:,.0f} CPU minutes: {', '.join(outcomes)}."
+    )
+
+
+def _result_table(card: Card) -> str:
     return _table(
         [
             "Metric",

@@ -188,6 +188,7 @@ def _parser() -> _Parser:
     sub = command("reproduce", _reproduce, "train from the recipe and compare with the record")
     _add_run_options(sub, "name")
     sub.add_argument("--data-dir", help="folder to look for the data in first")
+    sub.add_argument("--record", metavar="FOLDER", help="write it into this checkpoint folder")
 
     sub = command("fit", _fit, "train from a recipe")
     _add_run_options(sub, "recipe")
@@ -698,6 +699,7 @@ def _reproduce(options: argparse.Namespace) -> int:
             overrides=options.overrides,
             resume=options.resume,
             data_dir=options.data_dir,
+            record=options.record,
         )
     return _show(result, options.json)
 

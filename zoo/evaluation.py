@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import cards, checkpoints, files, hub, training
 from zoo.cards import Card, Measurements, Result
-from zoo.errors import CheckpointError, ZooError
+from zoo.errors import CheckpointError, ConfigError, ZooError
 from zoo.provenance import versions
 
 if TYPE_CHECKING:
@@ -262,6 +262,7 @@ def reproduce(
     overrides: Sequence[str] = (),
     resume: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
+    record: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """Train a weight again from its recipe and say whether its recorded numbers come out.
 
@@ -274,22 +275,62 @@ def reproduce(
         overrides: `section.key=value` changes to the recipe; the verdict then says what they did.
         resume: go on with an interrupted run.
         data_dir: folder to look for the data in first.
+        record: checkpoint folder whose `results.json` is to tell what came out, and what it cost.
 
     Raises:
-        ZooError: the weight has no recorded tolerance, or training is not possible.
+        ConfigError: what is trained with overrides is to be recorded.
+        ZooError: the weight has no recorded tolerance, `record` has no results, or training is not
+            possible.
     """
     card = cards.find(name)
+    if record is not None and overrides:
+        raise ConfigError(
+            f"Only the recipe as it is can be recorded, without {', '.join(overrides)}."
+        )
+    if record is not None and read_results(Path(record)) is None:
+        raise ZooError(f"{record} has no {files.RESULTS_FILE} to add a reproduction to.")
     tolerances = card.training.get("reproduction_tolerance")
     if not tolerances:
         raise ZooError(f"{card.name} has no recorded spread over seeds to be reproduced within.")
     recipe = training.read_recipe(card.recipe, overrides)
     if data_dir is not None:
         recipe.options.setdefault("data", {})["data_dir"] = os.fspath(data_dir)
-    run = training.fit(recipe, out=Path("runs") / card.name if out is None else out, resume=resume)
+    folder = Path("runs") / card.name if out is None else Path(out)
+    run = training.fit(recipe, out=folder, resume=resume)
     module = checkpoints.load(run.checkpoint)  # what was written, not what is in memory
     outcomes = evaluate_module(module, run.datamodule)
     compared = tuple(_compare(o, card.results, tolerances.get(o.protocol)) for o in outcomes)
-    return Evaluation(name=card.name, outcomes=compared)
+    evaluation = Evaluation(name=card.name, outcomes=compared)
+    if record is not None:
+        _record_reproduction(Path(record), evaluation, folder)
+    return evaluation
+
+
+def _record_reproduction(folder: Path, evaluation: Evaluation, run: Path) -> None:
+    """Write what came out of a reproduction beside the facts on the training of a weight."""
+    from zoo.configs import to_json
+
+    before = read_results(folder)
+    assert before is not None
+    reproduction = {
+        "command": f"zoo reproduce {evaluation.name}",
+        "date": datetime.date.today().isoformat(),
+        **training.read_facts(run),
+        "outcomes": [
+            {
+                "protocol": outcome.protocol,
+                "metric": outcome.metric,
+                "value": outcome.value,
+                "recorded": None if outcome.recorded is None else outcome.recorded.value,
+                "tolerance": outcome.tolerance,
+                "passed": outcome.passed,
+            }
+            for outcome in evaluation.outcomes
+        ],
+    }
+    facts = {**before.training, "reproduction": reproduction}
+    after = dataclasses.replace(before, training=facts)
+    files.write_json(folder / files.RESULTS_FILE, to_json(after))
 
 
 def record(
