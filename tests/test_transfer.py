@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -191,30 +192,23 @@ def test_a_recommender_meets_new_users(tmp_path: Path) -> None:
         "trainer.max_epochs=1",
         "data.batch_size=64",
     ]
-    points = transfer.run(
+    meet = functools.partial(
+        transfer.run,
         "new-users",
         amounts=[3],
         seeds=(1, 2),
         steps=2,
         out=tmp_path / "out",
         data=path,
-        pretraining=tiny,
     )
+    points = meet(pretraining=tiny)
     check("new-users", points, [3], 4)  # a fifth of 20 users
     transfer.write("new-users", points, tmp_path / "out")
     trained = tmp_path / "out" / "base" / "run" / "checkpoint"
     assert read_json(tmp_path / "out" / "transfer.json")["base"] == str(trained)
     weights = (trained / WEIGHTS_FILE).read_bytes()
     with pytest.raises(ConfigError, match=r"trainer\.max_epochs was 1, not 2"):
-        transfer.run(
-            "new-users",
-            amounts=[3],
-            seeds=(1, 2),
-            steps=2,
-            out=tmp_path / "out",
-            data=path,
-            pretraining=[*tiny, "trainer.max_epochs=2"],
-        )
+        meet(pretraining=[*tiny, "trainer.max_epochs=2"])
     assert (trained / WEIGHTS_FILE).read_bytes() == weights
     others = read_ratings_csv(tmp_path / "out" / "base" / "ratings.csv", time_column="time")
     new = read_ratings_csv(

@@ -198,7 +198,7 @@ class TrajectoryRNN(nn.Module):
     ) -> Tensor:
         """As `forward`, but the recurrent units before the last layer, B x T x recurrent."""
         at = _next_times(times, self.config.spacing) if at is None else at
-        refined_times(at, self.config.spacing)
+        at = _increasing(at)
         last = float(times.max())
         if min(at) < last:
             raise ValueError(
@@ -258,19 +258,31 @@ def _next_times(times: Tensor, spacing: float) -> list[float]:
     return [last + (i + 1) * spacing for i in range(HORIZON)]
 
 
-def refined_times(times: Sequence[float], spacing: float) -> tuple[list[float], list[int]]:
-    """Times from 0 on that include `times` and have no gap above `spacing`; where each of them is.
+def _increasing(times: Sequence[float]) -> list[float]:
+    """Checked times to predict.
 
     Raises:
         ValueError: there are none, or they are negative, not finite or not increasing.
     """
     if not len(times):
         raise ValueError("there must be at least one time")
+    checked: list[float] = []
+    for t in map(float, times):
+        before = checked[-1] if checked else 0.0
+        if not before <= t < math.inf or (checked and t == before):
+            raise ValueError(f"times must be increasing from 0 on, but {t:g} follows {before:g}")
+        checked.append(t)
+    return checked
+
+
+def refined_times(times: Sequence[float], spacing: float) -> tuple[list[float], list[int]]:
+    """Times from 0 on that include `times` and have no gap above `spacing`; where each of them is.
+
+    Raises:
+        ValueError: there are none, or they are negative, not finite or not increasing.
+    """
     grid, wanted = [0.0], list[int]()
-    for t in times:
-        t = float(t)
-        if not grid[-1] <= t < math.inf or (wanted and t == grid[-1]):
-            raise ValueError(f"times must be increasing from 0 on, but {t:g} follows {grid[-1]:g}")
+    for t in _increasing(times):
         start, pieces = grid[-1], max(1, -int(-(t - grid[-1]) * (1 - 1e-9) // spacing))
         if t > start:
             grid.extend(start + (t - start) * k / pieces for k in range(1, pieces))
