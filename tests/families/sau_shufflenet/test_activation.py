@@ -228,6 +228,50 @@ def test_blocks_agree_with_the_plain_formula(
         torch.testing.assert_close(a, b, rtol=4 * EPS[dtype], atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("alpha", "beta", "trained"),
+    [(0.15, 20_000.0, False), (0.15, 20_000.0, True), (-0.3, 1e5, True), (1.3, 6_000.0, True)],
+)
+def test_a_step_but_for_the_inputs_near_zero(
+    alpha: float, beta: float, dtype: torch.dtype, trained: bool
+) -> None:
+    x = torch.randn(3 * 4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    near = torch.linspace(-12, 12, 97, dtype=torch.float64) / beta
+    x[1000:1097] = near  # in few columns of the tables that are searched; then in most of them
+    spread = x.clone()
+    spread[::11] *= 1 / beta
+    grad = torch.randn(len(x), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grad = grad.to(dtype)
+    for values in (x.to(dtype), spread.to(dtype)):
+        inputs = values.clone().requires_grad_()
+        a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=trained) for v in (alpha, beta))
+        y = sau(inputs, a, b) if trained else sau(inputs, alpha, beta)
+        y.backward(grad)
+        wide, g = values.double(), grad.double()
+        below = 0.5 * torch.special.erfc(beta * wide / math.sqrt(2))
+        bump = torch.exp(-((beta * wide) ** 2) / 2) / (beta * math.sqrt(2 * math.pi))
+        slope = 1 - (1 - alpha) * below
+        expected = wide * slope + (1 - alpha) * bump
+        torch.testing.assert_close(
+            y.detach(), expected.to(dtype), rtol=4 * EPS[dtype], atol=16 * EPS[dtype] / beta
+        )
+        assert inputs.grad is not None
+        torch.testing.assert_close(
+            inputs.grad, (g * slope).to(dtype), rtol=4 * EPS[dtype], atol=8 * EPS[dtype]
+        )
+        if trained:
+            assert a.grad is not None
+            assert b.grad is not None
+            scale = math.sqrt(len(x)) * max(EPS[dtype], EPS[torch.float32] * 1e-2)
+            assert a.grad.item() == pytest.approx(
+                (g * (wide * below - bump)).sum().item(), abs=4 * scale
+            )
+            assert b.grad.item() == pytest.approx(
+                ((alpha - 1) / beta * g * bump).sum().item(), rel=1e-5, abs=1e-14
+            )
+
+
 @pytest.mark.parametrize("preset", ["2", "published"])
 def test_any_layout(preset: str) -> None:
     base = shaped(2, 6, 5, 3).detach().float()

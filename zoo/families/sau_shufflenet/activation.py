@@ -29,6 +29,12 @@ _BLOCK = 1 << 18
 """Elements worked on at a time on a CPU: few enough to stay in cache between the passes."""
 _SHARP = 4.0
 """Beta from which inputs of unit variance are often far outside the Gaussian."""
+_STEP = 5_000.0
+"""Beta from which few inputs of unit variance are anywhere near the Gaussian."""
+_NEAR = 9.0
+"""Standard deviations beyond which a Gaussian is nothing beside 1 in float64."""
+_ROWS = 32
+"""Elements that are looked at together, when those near the Gaussian are looked for."""
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_TWO_PI = math.sqrt(2 * math.pi)
 _LOG2_E = math.log2(math.e)
@@ -283,18 +289,57 @@ def _evaluate_by_blocks(
         n = wide.numel()
         value = y_block if spare_y is None else spare_y[:n]
         s = slope_block if spare_slope is None else spare_slope[:n]
-        _gaussian(wide, beta, exponent, out=value)
-        if alpha > 1:
-            value.neg_()
-        torch.mul(wide, beta * _SQRT_HALF, out=s)
-        torch.erf(s, out=s)
-        torch.add(middle, s, alpha=half, out=s)
-        value.addcmul_(wide, s)
+        columns = _near_columns(wide, beta, s)
+        if columns is not None:
+            _evaluate_step(wide, alpha, beta, columns, value, s if keep_slope else None)
+        else:
+            _gaussian(wide, beta, exponent, out=value)
+            if alpha > 1:
+                value.neg_()
+            torch.mul(wide, beta * _SQRT_HALF, out=s)
+            torch.erf(s, out=s)
+            torch.add(middle, s, alpha=half, out=s)
+            value.addcmul_(wide, s)
         if value is not y_block:
             y_block.copy_(value)
         if slope_block is not None and s is not slope_block:
             slope_block.copy_(s)
     return y, slope
+
+
+def _near_columns(x: Tensor, beta: float, spare: Tensor) -> Tensor | None:
+    """Columns of `_table(x)` with an element that the Gaussian reaches.
+
+    None where SAU is no step to most elements, so that all are to be computed as they are.
+    """
+    if beta < _STEP or x.numel() % _ROWS:
+        return None
+    torch.abs(x, out=spare)
+    columns = _table(spare).amin(0).lt(_NEAR / beta).nonzero().flatten()
+    return columns if 4 * _ROWS * len(columns) <= x.numel() else None
+
+
+def _table(x: Tensor) -> Tensor:
+    return x.view(_ROWS, -1)
+
+
+def _exact(x: Tensor, alpha: float, beta: float, columns: Tensor) -> tuple[Tensor, ...]:
+    """These columns, and slope, 1 - Phi(b x) and phi(b x) / b there."""
+    near = _table(x).index_select(1, columns)
+    return near, *_terms(near.clamp(-_NEAR / beta, _NEAR / beta), alpha, beta)
+
+
+def _evaluate_step(
+    x: Tensor, alpha: float, beta: float, columns: Tensor, value: Tensor, slope: Tensor | None
+) -> None:
+    """Value and slope, from a leaky ReLU but for these columns."""
+    torch.ops.aten.leaky_relu.out(x, alpha, out=value)
+    near, exact, _, bump = _exact(x, alpha, beta, columns)
+    if slope is not None:
+        torch.gt(x, 0, out=slope)
+        torch.add(torch.tensor(alpha, dtype=x.dtype), slope, alpha=1 - alpha, out=slope)
+        _table(slope).index_copy_(1, columns, exact)
+    _table(value).index_copy_(1, columns, near * exact + (1 - alpha) * bump)
 
 
 def _exponent(factor: float, dtype: torch.dtype) -> Tensor:
@@ -326,27 +371,53 @@ def _gradients_by_blocks(
     exponent = _exponent(1 / (b * _SQRT_TWO_PI), dtype)
     for x_block, grad_block, in_x_block in _blocks(x, grad_y, in_x):
         wide, grad = x_block.to(dtype), grad_block.to(dtype)
+        out = in_x_block if dtype == x.dtype else torch.empty_like(wide)
         q = spare[: wide.numel()]
-        if needed[1] or needed[2]:
-            _gaussian(wide, b, exponent, out=q)
-            bump.append(torch.dot(grad, q))
-        torch.mul(wide, b * _SQRT_HALF, out=q)
-        torch.erf(q, out=q)
-        torch.addcmul(grad, grad, q, value=-1, out=q)
-        if needed[1]:
-            leak.append(torch.dot(q, wide))
-        if dtype == x.dtype:
-            torch.add(grad, q, alpha=(a - 1) / 2, out=in_x_block)
+        columns = _near_columns(wide, b, q)
+        if columns is not None:
+            parts = _gradients_step(grad, wide, a, b, columns, q, out)
+            leak.append(parts[0])
+            bump.append(parts[1])
         else:
-            in_x_block.copy_(torch.add(grad, q, alpha=(a - 1) / 2))
+            if needed[1] or needed[2]:
+                _gaussian(wide, b, exponent, out=q)
+                bump.append(torch.dot(grad, q))
+            torch.mul(wide, b * _SQRT_HALF, out=q)
+            torch.erf(q, out=q)
+            torch.addcmul(grad, grad, q, value=-1, out=q)
+            if needed[1]:
+                leak.append(0.5 * torch.dot(q, wide))
+            torch.add(grad, q, alpha=(a - 1) / 2, out=out)
+        if out is not in_x_block:
+            in_x_block.copy_(out)
     in_alpha = in_beta = None
     if needed[1]:
         assert isinstance(alpha, Tensor)
-        in_alpha = (0.5 * _total(leak) - _total(bump)).to(alpha.dtype)
+        in_alpha = (_total(leak) - _total(bump)).to(alpha.dtype)
     if needed[2]:
         assert isinstance(beta, Tensor)
         in_beta = ((a - 1) / b * _total(bump)).to(beta.dtype)
     return in_x if needed[0] else None, in_alpha, in_beta
+
+
+def _gradients_step(
+    grad: Tensor,
+    x: Tensor,
+    alpha: float,
+    beta: float,
+    columns: Tensor,
+    spare: Tensor,
+    in_x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradient in `x` into `in_x`; the sums over `grad` of x (1 - Phi(b x)) and phi(b x) / b."""
+    torch.clamp(x, max=0, out=spare)
+    leak = torch.dot(grad, spare)
+    torch.ops.aten.leaky_relu_backward.grad_input(grad, x, alpha, False, grad_input=in_x)
+    near, slope, above, bump = _exact(x, alpha, beta, columns)
+    above = near * above - near.clamp(max=0)
+    grad = _table(grad).index_select(1, columns)
+    _table(in_x).index_copy_(1, columns, grad * slope)
+    return leak + (grad * above).sum(), (grad * bump).sum()
 
 
 def _total(parts: list[Tensor]) -> Tensor:
