@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.tiny import SEGMENT, write_recipe
+from tests.tiny import LESS_DATA, SEGMENT, SHRUNK, write_recipe
 from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.cards import Control
 from zoo.errors import ConfigError, UnknownNameError, ZooError
@@ -246,3 +246,16 @@ def test_a_weight_without_controls() -> None:
     with pytest.raises(ZooError) as caught:
         controls.find_recipes("nothing.here")
     assert str(caught.value) == "There are no controls for 'nothing.here' under recipes/controls/."
+
+
+@pytest.mark.parametrize("name", ["continuous-flow.toy", "latent-ode.spirals"])
+def test_of_sets_that_are_drawn_from_a_seed(name: str, tmp_path: Path) -> None:
+    recipe = training.read_recipe(controls.find_recipes(name)[0])
+    options = [*SHRUNK[recipe.architecture], *LESS_DATA[recipe.data]]
+    arms = controls.run(name, seeds=(1,), out=tmp_path, overrides=options)
+    models = [arm for arm in arms if arm.difference is None]
+    assert len(arms) == len(models) * len(controls.find_recipes(name))
+    for arm in arms:
+        assert arm.macs > 0
+        assert float(arm.speed.split()[0].replace(",", "")) > 0
+        assert np.isfinite(arm.result.value)

@@ -116,6 +116,7 @@ BUNDLED = [
     "cached-transformer-lm.tiny-shakespeare",
     "dselect-k-recommender.movielens-100k",
     "ode-resnet.mnist",
+    "online-ensemble.split-cifar100",
     "online-ensemble.split-fashion-mnist",
     "online-ensemble.split-mnist",
     "sau-shufflenet-v2-x0-5.fashion-mnist",

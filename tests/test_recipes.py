@@ -32,7 +32,6 @@ TO_TRAIN = {
     "latent-ode.spirals-30",
     "latent-ode.spirals-50",
     "ode-resnet.fashion-mnist",
-    "online-ensemble.split-cifar100",
     "sau-shufflenet-v2-x0-5.cifar100",
     "sau-shufflenet-v2-x1.cifar100",
     "sau-shufflenet-v2-x2.cifar100",

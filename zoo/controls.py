@@ -362,7 +362,7 @@ def _speeds(recipes: Sequence[training.Recipe]) -> dict[Path, tuple[int, float]]
         warnings.simplefilter("ignore")  # among others, that there is no trainer to log to
         for recipe in recipes:
             cli = training.instantiate(recipe, logger=False, enable_progress_bar=False)
-            cli.datamodule.setup()
+            cli.datamodule.setup("fit")
             batch = next(iter(cli.datamodule.train_dataloader()))
             built[recipe.path] = (cli.model.train(), batch, cli.trainer.precision_plugin)
         for _ in range(_TIMED_STEPS + 1):
