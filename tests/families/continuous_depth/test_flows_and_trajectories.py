@@ -236,11 +236,27 @@ def test_the_recurrent_network_feeds_its_predictions_back() -> None:
     later = torch.cat((times, torch.full((3, 1), 1.4, dtype=torch.float64)), 1)
     torch.testing.assert_close(model(later, longer, [1.5])[:, 0], two[:, 1])
     # The loss is about the same predictions, one step ahead.
-    hidden, _ = model.recurrent(model._inputs(values[:, :-1], times.diff()))
+    gaps = times.diff()[..., None] / model.config.spacing
+    hidden, _ = model.recurrent(torch.cat((values[:, :-1], gaps), -1))
     likelihood = torch.distributions.Normal(model.out(hidden), 0.3).log_prob(values[:, 1:])
     torch.testing.assert_close(model.loss(times, values, index, grid), -likelihood.sum(-1).mean())
     with pytest.raises(ValueError, match="onwards only"):
         model(times, values, [0.2])
+
+
+@pytest.mark.parametrize("kind", ["latent_ode", "rnn"])
+def test_trajectories_scale_with_their_observations(kind: Any) -> None:
+    times, values, index, grid = observed()
+    unit = randomised(build_trajectory_network(TrajectoryConfig(kind=kind, noise=0.1)).double())
+    scaled = build_trajectory_network(TrajectoryConfig(kind=kind, noise=0.3, scale=3.0)).double()
+    scaled.load_state_dict(unit.state_dict())
+    torch.testing.assert_close(scaled(times, 3 * values, [1.4]), 3 * unit(times, values, [1.4]))
+    losses = []
+    for model, points in ((unit, values), (scaled, 3 * values)):
+        torch.manual_seed(0)
+        losses.append(model.loss(times, points, index, grid))
+    # A density of points of D coordinates is 3^D times thinner.
+    torch.testing.assert_close(losses[1] - losses[0], torch.tensor(2 * math.log(3.0)).double())
 
 
 @pytest.mark.parametrize("kind", ["latent_ode", "rnn"])
@@ -255,7 +271,11 @@ def test_every_parameter_of_a_trajectory_model_learns(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"noise": 0.0}, "noise must be positive"), ({"latent": 0}, "latent must be at least 1")],
+    [
+        ({"noise": 0.0}, "noise must be positive"),
+        ({"scale": -1.0}, "scale must be positive"),
+        ({"latent": 0}, "latent must be at least 1"),
+    ],
 )
 def test_a_wrong_trajectory_model_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -25,6 +25,9 @@ __all__ = ["LatentODE", "TrajectoryConfig", "TrajectoryRNN", "build_trajectory_n
 
 _SOLVER = SolverConfig(method="midpoint", steps=1)
 
+_NARROW = 3.0
+"""By how much the posterior's log standard deviation starts below the prior's."""
+
 HORIZON = 10
 """Points that are predicted when no times are given, one spacing apart."""
 
@@ -51,6 +54,8 @@ class TrajectoryConfig:
     """Units of the recurrent network: the recognition network's, or the control's."""
     noise: float = 0.3
     """Standard deviation of an observation around the decoded state."""
+    scale: float = 1.0
+    """Size of a coordinate that counts as 1 within the network."""
     spacing: float = 0.02
     """Longest interval of time that is integrated in `solver.steps` steps."""
     solver: SolverConfig = _SOLVER
@@ -60,7 +65,7 @@ class TrajectoryConfig:
         for name in ("dim", "latent", "hidden", "field_layers", "recurrent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("noise", "spacing"):
+        for name in ("noise", "scale", "spacing"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -93,6 +98,8 @@ class LatentODE(SolverKnob, nn.Module):
         self.config = config
         self.recognition = nn.RNN(config.dim + 1, config.recurrent, batch_first=True)
         self.posterior = nn.Linear(config.recurrent, 2 * config.latent)
+        with torch.no_grad():  # draws as wide as the prior would at first drown what is decoded
+            self.posterior.bias[config.latent :].sub_(_NARROW)
         self.flow = ODEBlock(
             _Field(config.latent, config.hidden, config.field_layers), config.solver
         )
@@ -111,7 +118,7 @@ class LatentODE(SolverKnob, nn.Module):
             values: B x N x D.
         """
         gaps = torch.diff(times, dim=1, prepend=torch.zeros_like(times[:, :1]))
-        inputs = torch.cat((values, gaps[..., None] / self.config.spacing), -1).flip(1)
+        inputs = _inputs(values, gaps, self.config).flip(1)
         _, last = self.recognition(inputs)
         mean, log_std = self.posterior(last[0]).chunk(2, -1)
         return mean, log_std
@@ -138,7 +145,7 @@ class LatentODE(SolverKnob, nn.Module):
     def forward_head(self, features: Tensor) -> Tensor:
         """Points, ... x D, of latent states, ... x Z."""
         decoded: Tensor = self.decoder(features)
-        return decoded
+        return self.config.scale * decoded
 
     def forward(self, times: Tensor, values: Tensor, at: Sequence[float] | None = None) -> Tensor:
         """Trajectories at other times, B x T x D, from the mean of q(z0 | observations).
@@ -190,9 +197,6 @@ class TrajectoryRNN(nn.Module):
         self.recurrent = nn.RNN(config.dim + 1, config.recurrent, batch_first=True)
         self.out = nn.Linear(config.recurrent, config.dim)
 
-    def _inputs(self, values: Tensor, gaps: Tensor) -> Tensor:
-        return torch.cat((values, gaps[..., None] / self.config.spacing), -1)
-
     def forward_features(
         self, times: Tensor, values: Tensor, at: Sequence[float] | None = None
     ) -> Tensor:
@@ -206,20 +210,20 @@ class TrajectoryRNN(nn.Module):
                 f"observation at {last:g}"
             )
         gaps = torch.diff(times, dim=1)
-        _, state = self.recurrent(self._inputs(values[:, :-1], gaps))
+        _, state = self.recurrent(_inputs(values[:, :-1], gaps, self.config))
         now, value, features = times[:, -1], values[:, -1], []
         for t in at:
-            inputs = self._inputs(value[:, None], (t - now)[:, None])
+            inputs = _inputs(value[:, None], (t - now)[:, None], self.config)
             hidden, state = self.recurrent(inputs, state)
             features.append(hidden[:, 0])
-            value = self.out(features[-1])
+            value = self.forward_head(features[-1])
             now = torch.full_like(now, t)
         return torch.stack(features, 1)
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Points, ... x D, of recurrent units, ... x recurrent."""
         points: Tensor = self.out(features)
-        return points
+        return self.config.scale * points
 
     def forward(self, times: Tensor, values: Tensor, at: Sequence[float] | None = None) -> Tensor:
         """Trajectories at times after the last observation, B x T x D.
@@ -237,10 +241,11 @@ class TrajectoryRNN(nn.Module):
 
     def loss(self, times: Tensor, values: Tensor, index: Tensor, grid: Sequence[float]) -> Tensor:
         """Negative log-likelihood per observation but the first, nats; see `LatentODE.loss`."""
-        hidden, _ = self.recurrent(self._inputs(values[:, :-1], torch.diff(times, dim=1)))
+        gaps = torch.diff(times, dim=1)
+        hidden, _ = self.recurrent(_inputs(values[:, :-1], gaps, self.config))
         variance = values.new_tensor(self.config.noise**2).expand_as(values[:, 1:])
         likelihood = F.gaussian_nll_loss(
-            self.out(hidden), values[:, 1:], variance, full=True, reduction="none"
+            self.forward_head(hidden), values[:, 1:], variance, full=True, reduction="none"
         )
         return likelihood.sum(-1).mean()
 
@@ -251,6 +256,11 @@ class TrajectoryRNN(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: biases."""
         return {n for n, p in self.named_parameters() if p.ndim < 2}
+
+
+def _inputs(values: Tensor, gaps: Tensor, config: TrajectoryConfig) -> Tensor:
+    """What the recurrent networks see: points and the time since the one before, B x N x D + 1."""
+    return torch.cat((values / config.scale, gaps[..., None] / config.spacing), -1)
 
 
 def _next_times(times: Tensor, spacing: float) -> list[float]:
