@@ -404,6 +404,7 @@ def test_the_readme_table_has_a_line_for_each_card(shelf: Path) -> None:
 
 EXPECTED_CARDS = [
     "cached-transformer-lm.tiny-shakespeare",
+    "continuous-flow.toy",
     "dselect-k-recommender.movielens-100k",
     "ode-resnet.mnist",
     "online-ensemble.split-cifar100",

@@ -114,6 +114,7 @@ def test_load_of_an_unknown_name() -> None:
 
 BUNDLED = [
     "cached-transformer-lm.tiny-shakespeare",
+    "continuous-flow.toy",
     "dselect-k-recommender.movielens-100k",
     "ode-resnet.mnist",
     "online-ensemble.split-cifar100",

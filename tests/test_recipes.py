@@ -25,7 +25,6 @@ WEIGHTS = list(cards.load_cards())
 STUDIES = {"dselect-k-recommender.movielens-100k-pairs", "dselect-k-recovery.synthetic"}
 """Comparisons that no weight is published of."""
 TO_TRAIN = {
-    "continuous-flow.toy",
     "dselect-k-moe.multi-fashion-mnist",
     "dselect-k-moe.multi-mnist",
     "latent-ode.spirals",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zoo import files
 from zoo.errors import ConfigError
@@ -47,19 +47,27 @@ def fill_file(path: Path, marker: str, content: str) -> None:
     files.write_bytes(path, text.encode())
 
 
-def fill_all(card: Card) -> str:
+def fill_all(card: Card, diagnostics: Mapping[str, Any] | None = None) -> str:
     """The card's body with every table rendered anew.
+
+    Args:
+        card: The card.
+        diagnostics: What `zoo evaluate --diagnose` recorded; a body that has no place for them,
+            as one that was written before, stays without.
 
     Raises:
         ConfigError: When the body lacks a marker.
     """
     body = card.body
-    for marker, table in [
+    tables = [
         ("results", _results(card)),
         ("controls", _controls(card)),
         ("reported", _reported(card)),
         ("files", _files(card)),
-    ]:
+    ]
+    if "<!-- zoo:diagnostics -->" in body:
+        tables.append(("diagnostics", _diagnostics(card, diagnostics or {})))
+    for marker, table in tables:
         body = fill(body, marker, table, where=f"card of {card.name}")
     return body
 
@@ -172,6 +180,78 @@ def _difference(control: Control) -> str:
         return "-"
     low, high = control.difference_interval
     return f"{control.difference:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def _diagnostics(card: Card, found: Mapping[str, Any]) -> str:
+    """The metric under other solvers, and what each ODE block does to its states."""
+    if not found:
+        return "None."
+    refinement = found["refinement"]
+    parts = [
+        _solver_table(found["solver_curve"], _words(card.primary.metric)),
+        f"Refining the steps changes it by {refinement['spread']:.5f} at the most (tolerance "
+        f"{refinement['tolerance']:g}): {refinement['verdict']}.",
+        _block_table(found["blocks"]),
+    ]
+    if "lipschitz" in found:
+        bound = found["lipschitz"]
+        upper = bound["log10_upper"]
+        above = "no upper bound is known" if upper is None else f"at most 10^{upper:.1f}"
+        parts.append(
+            f"Lipschitz constant of the logits in the image, by {bound['samples']} images: at "
+            f"least {bound['lower_with_midpoints']:.1f}, where the local ones have a mean of "
+            f"{bound['mean']:.1f}; {above}{', which says nothing' if bound['vacuous'] else ''}."
+        )
+    if "batch_invariance" in found:
+        own, adaptive = found["batch_invariance"]["trained"], found["batch_invariance"]["dopri5"]
+        parts.append(
+            f"Largest change of a logit where an image comes alone instead of in a batch: "
+            f"{own:.1e} with the solver of the training, {adaptive:.1e} with dopri5."
+        )
+    return "\n\n".join(parts)
+
+
+def _solver_table(curve: Sequence[Mapping[str, Any]], metric: str) -> str:
+    return _table(
+        ["Solver", "Steps or tolerance", "Evaluations", metric.capitalize()],
+        [
+            [
+                entry["solver"] + ("" if index else ", as trained"),
+                str(entry["steps"]) if "steps" in entry else f"{entry['tolerance']:g}",
+                str(entry.get("nfe", "-")),
+                f"{entry['value']:.5f}" if "value" in entry else entry["error"],
+            ]
+            for index, entry in enumerate(curve)
+        ],
+    )
+
+
+def _block_table(blocks: Sequence[Mapping[str, Any]]) -> str:
+    return _table(
+        [
+            "Block",
+            "Radius of a step",
+            "Gain of all steps (median, 95 %)",
+            "Lyapunov exponents",
+            "Log-norm integral",
+            "Stiffness",
+            "Adjoint's cosine",
+            "Alarms",
+        ],
+        [
+            [
+                f"{index}: {block['steps']} steps of {block['method']}",
+                f"{max(block['step_radius']):.3f}",
+                f"{block['product_gain'][-1]:.3g}, {block['product_gain_p95']:.3g}",
+                ", ".join(f"{value:.2f}" for value in block["exponents"]),
+                f"{block['log_norm_integral']:.2f}",
+                f"{block['stiffness']:.3f}",
+                f"{block['adjoint_cosine']:.5f}",
+                "; ".join(block["alarms"]) or "none",
+            ]
+            for index, block in enumerate(blocks, 1)
+        ],
+    )
 
 
 def _reported(card: Card) -> str:

@@ -556,7 +556,8 @@ def computed(card: Card, folder: Path) -> Card:
         controls=measured.controls,
         training=measured.training,
     )
-    return dataclasses.replace(card, body=_card_tables.fill_all(card))
+    body = _card_tables.fill_all(card, measured.diagnostics)
+    return dataclasses.replace(card, body=body)
 
 
 def record_revision(name: str, revision: str) -> None:

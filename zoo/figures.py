@@ -454,13 +454,13 @@ _WITHOUT_LOSS = ("online-learning", "online-text-learning")
 """Tasks that learn without one."""
 
 _DRAWERS: dict[str, tuple[Drawer, ...]] = {
-    "density-estimation": (_densities,),
+    "density-estimation": (_densities, _solvers),
     "image-classification": (_accuracy, _solvers),
     "image-pair-classification": (_experts,),
     "language-modeling": (_language_model,),
     "online-learning": (_stream,),
     "online-text-learning": (_stream,),
     "recommendation": (_experts,),
-    "trajectory-forecasting": (_trajectories,),
+    "trajectory-forecasting": (_trajectories, _solvers),
 }
 """Task -> what draws its further figures, of module, checkpoint folder, metrics, output folder."""

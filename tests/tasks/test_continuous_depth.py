@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 import yaml
 
+import zoo
 from tests import tiny
 from tests.tiny_images import CLASSES, SIZE, write_folder
-from zoo import checkpoints, training
+from zoo import _card_tables, cards, checkpoints, training
 from zoo.data.densities import DENSITIES, DensityDataModule
 from zoo.data.images import ImagePreprocessing
 from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule
@@ -163,6 +165,24 @@ def test_evaluate_diagnoses_and_records(run: training.Run, monkeypatch: Any) -> 
         "an ODE",
         "a residual network in disguise",
     )
+    # A card that has a place for them shows them, of whatever task.
+    card = dataclasses.replace(
+        cards.find("ode-resnet.mnist"),
+        body="".join(
+            f"<!-- zoo:{name} -->\n<!-- /zoo:{name} -->\n"
+            for name in ("results", "reported", "controls", "files", "diagnostics")
+        ),
+    )
+    shown = _card_tables.fill_all(card, stored).partition("<!-- zoo:diagnostics -->")[2]
+    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ").split(",")[0] for row in rows[2 : 2 + len(curve)]] == [
+        entry["solver"] for entry in curve
+    ]
+    assert [int(row[2]) for row in rows[2 : 2 + len(curve)]] == [entry["nfe"] for entry in curve]
+    assert f"{curve[0]['value']:.5f}" in rows[2][3]
+    assert stored["refinement"]["verdict"] in shown
+    assert f"{stored['lipschitz']['lower_with_midpoints']:.1f}" in shown
+    assert "None." in _card_tables.fill_all(card).partition("<!-- zoo:diagnostics -->")[2]
     # A second record without --diagnose keeps what is known.
     assert tiny.run("evaluate", run.checkpoint, "--record").status == 0
     again = json.loads((run.checkpoint / "results.json").read_text())["diagnostics"]
@@ -394,6 +414,13 @@ def test_wrong_requests_of_a_flow_are_refused(call: Any, error: Any, message: st
 def test_a_flow_for_other_densities_is_refused() -> None:
     with pytest.raises(ConfigError, match="conditions=6"):
         DensityModel(FlowConfig(conditions=2))
+
+
+def test_the_shipped_flow_has_a_density_of_mass_one() -> None:
+    model = zoo.load("continuous-flow.toy", local_files_only=True)
+    assert model.mass("moons") == pytest.approx(1.0, abs=2e-4)
+    model.solver, model.steps = "rk4", 1  # a better likelihood, of what is no density
+    assert model.mass("moons") > 1.1
 
 
 def test_a_flow_is_diagnosed_density_by_density() -> None:
