@@ -296,6 +296,11 @@ def test_wrong_observations_are_refused(arguments: Any, error: Any, message: str
         trajectories().predict(arguments[:2], arguments[2])
 
 
+def test_no_trajectories_are_refused() -> None:
+    with pytest.raises(DataError, match="got no trajectories"):
+        trajectories().predict([])
+
+
 def test_pairs_come_in_lists_and_tuples() -> None:
     model = trajectories()
     one = ([0.1, 0.5], [[0.0, 1.0], [1.0, 0.0]])

@@ -404,6 +404,7 @@ def test_side_features_come_from_the_data(tmp_path: Path) -> None:
     data = RatingsDataModule(path=str(write_ratings(tmp_path)))
     with pytest.raises(ConfigError, match=r"0 features of each item.*item_features=0"):
         module.bind(data)
+    assert module.preprocessing is None  # nothing of data that do not fit is taken
 
 
 # --- bad input -----------------------------------------------------------------------------------

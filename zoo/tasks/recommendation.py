@@ -227,18 +227,21 @@ class Recommender(MixtureModule):
             dataset=datamodule.dataset if known else "",
         )
         self._check_fit(catalogue)
+        tables = {}
+        for what in ("user", "item") if isinstance(self.network, RecommenderNet) else ():
+            table = getattr(ratings, f"{what}_features")
+            width = getattr(self.config, f"{what}_features")
+            if width and table.shape[1] != width:
+                raise ConfigError(
+                    f"The data have {table.shape[1]} features of each {what}, but the network "
+                    f"is for {width}: set model.network.{what}_features={table.shape[1]}"
+                )
+            if width:
+                tables[f"{what}_table"] = table
+        # Nothing is taken before all of it is known to fit.
+        for name, table in tables.items():
+            getattr(self.network, name).copy_(table)
         self.preprocessing, self._ratings = catalogue, ratings
-        if isinstance(self.network, RecommenderNet):
-            for what in ("user", "item"):
-                table = getattr(ratings, f"{what}_features")
-                width = getattr(self.config, f"{what}_features")
-                if width and table.shape[1] != width:
-                    raise ConfigError(
-                        f"The data have {table.shape[1]} features of each {what}, but the network "
-                        f"is for {width}: set model.network.{what}_features={table.shape[1]}"
-                    )
-                if width:
-                    getattr(self.network, f"{what}_table").copy_(table)
 
     def take_preprocessing(self, preprocessing: Any, datamodule: Any) -> None:
         """Users and items are those of the data, whatever the base knows."""

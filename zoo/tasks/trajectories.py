@@ -263,6 +263,8 @@ def _pairs(observed: Any) -> list[Observed]:
     listed = None if isinstance(observed, str) or not hasattr(observed, "__iter__") else [*observed]
     if listed is not None and len(listed) == 2 and _is_row(listed[0]):
         return [(listed[0], listed[1])]
+    if listed == []:
+        raise DataError("predict got no trajectories.")
     pairs = []
     for pair in [observed] if listed is None else listed:
         if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
