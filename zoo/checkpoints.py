@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pickle
 import shutil
@@ -52,7 +53,7 @@ __all__ = [
     "LoadReport",
     "Migration",
     "convert",
-    "holds",
+    "digest",
     "load",
     "read_config",
     "read_training",
@@ -259,23 +260,11 @@ def read_config(folder: str | os.PathLike[str]) -> CheckpointConfig:
     return _parse_config(read_bytes(path), path)[0]
 
 
-def holds(folder: str | os.PathLike[str], module: ZooModule) -> bool:
-    """Whether a checkpoint folder is what `save` would write of a module now, bit for bit.
-
-    Raises:
-        CheckpointError: When the folder is no checkpoint, or a damaged one.
-        ConfigError: When its configuration is not valid.
-        UnknownNameError: When there is no such architecture.
-    """
-    folder = Path(folder)
-    if read_config(folder) != _config(module):
-        return False
-    path = folder / WEIGHTS_FILE
-    stored, own = _parse_weights(read_bytes(path), path), _tensors(module.published_network)
-    return stored.keys() == own.keys() and all(
-        stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor.detach().cpu())
-        for name, tensor in own.items()
-    )
+def digest(module: ZooModule) -> str:
+    """SHA-256 of the configuration and the weights that `save` would write now, in hexadecimal."""
+    found = hashlib.sha256(format_json(to_json(_config(module))))
+    found.update(_serialised(module.published_network, None))
+    return found.hexdigest()
 
 
 def load(

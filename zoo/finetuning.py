@@ -197,9 +197,9 @@ def finetune(
         _sizes(base, datamodule, num_classes, fixed=in_memory)
     )
 
-    # Of a base in memory the recipe says where its copy is, and not which weights those are.
-    begun = in_memory and (folder / "last.ckpt").exists() and (folder / _BASE).is_dir()
-    if begun and not checkpoints.holds(folder / _BASE, base):
+    # The recipe says where the base is, and not which weights are there.
+    begun, own = (folder / _BEFORE).is_file(), checkpoints.digest(base)
+    if begun and files.read_json(folder / _BEFORE).get("base", own) != own:
         raise ConfigError(f"{folder} holds a fine-tuning of other weights; choose another `out`.")
 
     def prepared(module: ZooModule, datamodule: Any) -> None:
@@ -207,7 +207,7 @@ def finetune(
             if in_memory:
                 checkpoints.save(base, folder / _BASE)
             found = evaluation.evaluate_module(module, datamodule)
-            values = {"outcomes": [_plain(outcome) for outcome in found]}
+            values = {"base": own, "outcomes": [_plain(outcome) for outcome in found]}
             files.write_json(folder / _BEFORE, values)
 
     done = training.fit(recipe, out=folder, resume=True, base=base, prepared=prepared)

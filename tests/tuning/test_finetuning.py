@@ -415,6 +415,24 @@ def test_fewer_epochs_than_are_done(done: Any, base: Path, four: Path) -> None:
     assert weights(done.finetuned.checkpoint) == before
 
 
+def test_a_folder_whose_weights_have_changed_since_is_another_base(
+    base: Path, four: Path, tmp_path: Path
+) -> None:
+    short = {**IMAGES, "epochs": 1}
+    folder, out = shutil.copytree(base, tmp_path / "base"), tmp_path / "run"
+    first = zoo.finetune(folder, four, out=out, **short).finetuned
+    assert zoo.finetune(folder, four, out=out, **short).finetuned.before == first.before
+    changed = zoo.load(base)
+    with torch.no_grad():
+        changed.network.conv.weight += 1.0
+    shutil.rmtree(folder)
+    checkpoints.save(changed, folder)
+    trained = weights(first.checkpoint)
+    with pytest.raises(ConfigError, match="holds a fine-tuning of other weights; choose another"):
+        zoo.finetune(folder, four, out=out, **short)
+    assert weights(first.checkpoint) == trained
+
+
 def test_a_module_in_memory_goes_on_with_its_own_run_alone(
     base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
