@@ -546,14 +546,24 @@ def test_resuming_with_other_options_is_refused(
     assert f"Section {section!r} differs from that of the run in {done.folder}" in str(caught.value)
 
 
-def test_resuming_for_fewer_epochs_than_are_done_is_refused(done: training.Run) -> None:
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("trainer.max_epochs=2", "epoch 3 already, and max_epochs is 2"),
+        ("trainer.max_steps=1", "step {} already, and max_steps is 1"),
+    ],
+)
+def test_resuming_for_less_than_is_done_is_refused(
+    done: training.Run, option: str, said: str
+) -> None:
+    steps = checkpoints.read_training(done.folder / "last.ckpt")["global_step"]
+    assert steps > 1
     before = {path: (done.folder / path).read_bytes() for path in tree(done.folder)}
-    said = run("fit", done.folder / "recipe.yaml", "trainer.max_epochs=2", "--resume", "--out",
-               done.folder)  # fmt: skip
-    assert (said.status, said.out) == (2, "")
-    assert said.err.splitlines()[-1] == (
-        f"zoo: {done.folder} has come to epoch 3 already, and max_epochs is 2: ask for as many at "
-        "least, or choose another --out folder."
+    ran = run("fit", done.folder / "recipe.yaml", option, "--resume", "--out", done.folder)
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.splitlines()[-1] == (
+        f"zoo: {done.folder} has come to {said.format(steps)}: ask for as many at least, or choose "
+        "another --out folder."
     )
     assert {path: (done.folder / path).read_bytes() for path in tree(done.folder)} == before
 

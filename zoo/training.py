@@ -520,7 +520,7 @@ def fit(
 
     Raises:
         ConfigError: the recipe is not usable, differs from the one that is resumed, or asks for
-            fewer epochs than that one has.
+            fewer epochs or steps than that one has.
         DataError: the data are missing or too small.
         ZooError: the run folder holds a run and `resume` is False, or cannot be written.
         CheckpointError: `last.ckpt` is damaged, or holds more than tensors and plain values.
@@ -543,7 +543,7 @@ def fit(
             "--out folder."
         )
     # Lightning refuses what is unsafe too, in many lines.
-    epochs = checkpoints.read_training(last).get("epoch", -1) + 1 if last.exists() else 0
+    reached = checkpoints.read_training(last) if last.exists() else {}
     with warnings.catch_warnings():
         _quieten()
         bar = recipe.options.get("trainer", {}).get("enable_progress_bar", True)
@@ -556,12 +556,15 @@ def fit(
         resolved = _resolved(cli, recipe)
         if last.exists():
             _check_same(resolved, folder / "recipe.yaml")
-            most = cli.trainer.max_epochs
-            if most is not None and -1 < most < epochs:
-                raise ConfigError(
-                    f"{folder} has come to epoch {epochs} already, and max_epochs is {most}: ask "
-                    f"for as many at least, or choose another --out folder."
-                )
+            for what, done, most in (
+                ("epoch", reached.get("epoch", -1) + 1, cli.trainer.max_epochs),
+                ("step", reached.get("global_step", 0), cli.trainer.max_steps),
+            ):
+                if most is not None and -1 < most < done:
+                    raise ConfigError(
+                        f"{folder} has come to {what} {done} already, and max_{what}s is {most}: "
+                        f"ask for as many at least, or choose another --out folder."
+                    )
         cli.datamodule.setup("fit")
         sharded = isinstance(cli.trainer.strategy, FSDPStrategy)
         if recipe.finetune is not None:
