@@ -406,6 +406,7 @@ EXPECTED_CARDS = [
     "cached-transformer-lm.tiny-shakespeare",
     "continuous-flow.toy",
     "dselect-k-recommender.movielens-100k",
+    "latent-ode.spirals",
     "ode-resnet.mnist",
     "online-ensemble.split-cifar100",
     "online-ensemble.split-fashion-mnist",

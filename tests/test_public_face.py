@@ -116,6 +116,7 @@ BUNDLED = [
     "cached-transformer-lm.tiny-shakespeare",
     "continuous-flow.toy",
     "dselect-k-recommender.movielens-100k",
+    "latent-ode.spirals",
     "ode-resnet.mnist",
     "online-ensemble.split-cifar100",
     "online-ensemble.split-fashion-mnist",

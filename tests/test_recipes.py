@@ -27,7 +27,6 @@ STUDIES = {"dselect-k-recommender.movielens-100k-pairs", "dselect-k-recovery.syn
 TO_TRAIN = {
     "dselect-k-moe.multi-fashion-mnist",
     "dselect-k-moe.multi-mnist",
-    "latent-ode.spirals",
     "latent-ode.spirals-30",
     "latent-ode.spirals-50",
     "ode-resnet.fashion-mnist",
