@@ -99,7 +99,7 @@ SHRUNK: dict[str, list[str]] = {
     "sau-shufflenet-v2-x1": [*_TRAINER, *_IMAGES],
     "sau-shufflenet-v2-x2": [*_TRAINER, *_IMAGES],
     "ode-resnet": [*_TRAINER, *_ODE_RESNET],
-    "latent-ode": [*_TRAINER, "model.network.hidden=4", "trainer.check_val_every_n_epoch=1"],
+    "latent-ode": [*_TRAINER, "model.network.hidden=6", "trainer.check_val_every_n_epoch=1"],
     "continuous-flow": [*_TRAINER, "model.network.hidden=6"],
     "online-ensemble": [
         "trainer.accelerator=cpu",
