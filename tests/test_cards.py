@@ -407,6 +407,7 @@ EXPECTED_CARDS = [
     "continuous-flow.toy",
     "dselect-k-recommender.movielens-100k",
     "latent-ode.spirals",
+    "latent-ode.spirals-50",
     "ode-resnet.mnist",
     "online-ensemble.split-cifar100",
     "online-ensemble.split-fashion-mnist",

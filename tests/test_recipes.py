@@ -29,7 +29,6 @@ TO_TRAIN = {
     "dselect-k-moe.multi-fashion-mnist",
     "dselect-k-moe.multi-mnist",
     "latent-ode.spirals-30",
-    "latent-ode.spirals-50",
     "ode-resnet.fashion-mnist",
     "sau-shufflenet-v2-x0-5.cifar100",
     "sau-shufflenet-v2-x1.cifar100",
