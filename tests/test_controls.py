@@ -249,7 +249,10 @@ def test_a_weight_without_controls() -> None:
 
 
 @pytest.mark.parametrize("name", ["continuous-flow.toy", "latent-ode.spirals"])
-def test_of_sets_that_are_drawn_from_a_seed(name: str, tmp_path: Path) -> None:
+def test_of_sets_that_are_drawn_from_a_seed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controls, "shipped_folder", cards.shipped_folder)  # the project's own
     recipe = training.read_recipe(controls.find_recipes(name)[0])
     options = [*SHRUNK[recipe.architecture], *LESS_DATA[recipe.data]]
     arms = controls.run(name, seeds=(1,), out=tmp_path, overrides=options)
