@@ -198,7 +198,8 @@ def finetune(
     )
 
     # The recipe says where the base is, and not which weights are there.
-    begun, own = (folder / _BEFORE).is_file(), checkpoints.digest(base)
+    begun = (folder / "last.ckpt").exists() and (folder / _BEFORE).is_file()
+    own = checkpoints.digest(base)
     if begun and files.read_json(folder / _BEFORE).get("base", own) != own:
         raise ConfigError(f"{folder} holds a fine-tuning of other weights; choose another `out`.")
 

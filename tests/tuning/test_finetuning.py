@@ -431,6 +431,10 @@ def test_a_folder_whose_weights_have_changed_since_is_another_base(
     with pytest.raises(ConfigError, match="holds a fine-tuning of other weights; choose another"):
         zoo.finetune(folder, four, out=out, **short)
     assert weights(first.checkpoint) == trained
+    # Where no epoch came to its end, there is nothing to go on with, and nothing to lose.
+    (out / "last.ckpt").unlink()
+    shutil.rmtree(first.checkpoint)
+    assert weights(zoo.finetune(folder, four, out=out, **short).finetuned.checkpoint) != trained
 
 
 def test_a_module_in_memory_goes_on_with_its_own_run_alone(
