@@ -340,6 +340,15 @@ def test_update_renders_the_tables(shelf: Path) -> None:
     assert body.endswith("Limits: it is | tiny.\n")
 
 
+def test_a_difference_to_another_control_says_so(shelf: Path) -> None:
+    folder = shelf / "pretrained" / "alpha.one"
+    make_folder(folder)
+    stored = json.loads((folder / "results.json").read_text())
+    stored["controls"][0]["against"] = "as long"
+    write_json(folder / "results.json", stored)
+    assert "| +0.5000 (+0.2500 to +0.7500) against as long | 1,000 |" in cards.update("alpha").body
+
+
 def test_a_changed_file_makes_the_card_out_of_date(shelf: Path) -> None:
     folder = shelf / "pretrained" / "alpha.one"
     make_folder(folder)

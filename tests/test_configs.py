@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoo.configs import build, to_json
+from zoo.configs import build, omit_default, to_json
 from zoo.errors import ConfigError
 
 
@@ -37,6 +37,7 @@ class Outer:
     inner: Inner = Inner()
     inners: tuple[Inner, ...] = ()
     second: Inner | None = None
+    later: str = omit_default("")
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -54,6 +55,7 @@ outers = st.builds(
     inner=inners,
     inners=st.lists(inners, max_size=3).map(tuple),
     second=st.none() | inners,
+    later=st.text(max_size=3),
 )
 
 
@@ -61,6 +63,8 @@ outers = st.builds(
 def test_json_round_trip(config: Outer) -> None:
     text = json.dumps(to_json(config), allow_nan=False)
     assert build(Outer, json.loads(text), "test") == config
+    assert ("later" in json.loads(text)) == (config.later != "")
+    assert "name" in json.loads(text)
 
 
 def test_defaults_are_filled_in_and_numbers_get_their_declared_type() -> None:

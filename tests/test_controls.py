@@ -208,6 +208,29 @@ def test_controls_may_have_unlike_numbers_of_seeds(trained: Trained, tmp_path: P
     assert not (out / "a-none" / f"seed_{SEEDS[1]}").exists()
 
 
+def test_a_control_may_be_compared_with_another(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "recipes" / "controls" / NAME
+    shutil.copytree(trained.recipes / "controls" / NAME, home)
+    out = tmp_path / "out"
+    shutil.copytree(trained.out, out)
+    shutil.copytree(out / "a-none" / "seed_2", out / "c-none" / "seed_2")
+    third = {"base": "a-none.yaml", "name": "again", "differs": "its seeds", "against": "a-none"}
+    (home / "c-none.yaml").write_text(yaml.safe_dump({"zoo": third}))
+    monkeypatch.setattr(controls, "shipped_folder", lambda name: tmp_path / name)
+    model, without, again = controls.collect(NAME, out=out)[:3]
+    assert [arm.against for arm in (model, without, again)] == ["", "", "without"]
+    assert without.difference == pytest.approx(without.result.value - model.result.value)
+    assert again.difference == pytest.approx(again.result.value - without.result.value)
+    assert again.difference not in (0.0, without.difference)
+    third["against"] = "a-nome"
+    (home / "c-none.yaml").write_text(yaml.safe_dump({"zoo": third}))
+    with pytest.raises(UnknownNameError, match=r"names no control of .*Did you mean 'a-none'"):
+        controls.run(NAME, out=tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_a_missing_run(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=f"There is no finished run of .* in {tmp_path}"):
         controls.collect(NAME, out=tmp_path)

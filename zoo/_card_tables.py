@@ -179,7 +179,8 @@ def _difference(control: Control) -> str:
     if control.difference is None or control.difference_interval is None:
         return "-"
     low, high = control.difference_interval
-    return f"{control.difference:+.4f} ({low:+.4f} to {high:+.4f})"
+    against = f" against {control.against}" if control.against else ""
+    return f"{control.difference:+.4f} ({low:+.4f} to {high:+.4f}){against}"
 
 
 def _diagnostics(card: Card, found: Mapping[str, Any]) -> str:

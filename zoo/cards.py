@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from zoo import _card_tables, files
-from zoo.configs import build, to_json
+from zoo.configs import build, omit_default, to_json
 from zoo.errors import CheckpointError, ConfigError, UnknownNameError, nearest
 from zoo.files import FileRecord
 
@@ -138,6 +138,8 @@ class Control:
     """Mean of its value less the model's at the same budget; None for the model itself."""
     difference_interval: tuple[float, float] | None = None
     """Of the difference, paired over the samples."""
+    against: str = omit_default("")
+    """Name of the control that the difference is to; "" for the model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))
+_OMIT = "zoo.omit_default"
+
+
+def omit_default(default: Any) -> Any:
+    """A dataclass field that `to_json` leaves out where it has its default.
+
+    For fields that came later than files in use, whose bytes are under a checksum.
+    """
+    return dataclasses.field(default=default, metadata={_OMIT: True})
+
+
+def _omitted(field: dataclasses.Field[Any]) -> bool:
+    """Whether the field is left out where it has its default."""
+    return bool(field.metadata.get(_OMIT))
 
 
 def build(cls: type[T], values: object, where: str) -> T:
@@ -52,12 +66,14 @@ def to_json(config: DataclassInstance) -> dict[str, Any]:
         config: The dataclass; tuples become lists and nested dataclasses become mappings.
 
     Returns:
-        A mapping from field name to plain JSON value, in the order of the fields.
+        A mapping from field name to plain JSON value, in the order of the fields; without those
+        of `omit_default` that have their default.
     """
     return {
-        field.name: _plain(getattr(config, field.name))
+        field.name: _plain(value)
         for field in dataclasses.fields(config)
         if field.init
+        and ((value := getattr(config, field.name)) != field.default or not _omitted(field))
     }
 
 

@@ -1,9 +1,11 @@
 """Train the controls of a weight, and say whether the mechanism earned its place.
 
 The controls of a weight are the recipes in `recipes/controls/<weight>/`; the model itself at the
-same budget is one of them, the one whose recipe the others are based on. Each is trained with each
-seed. Runs that are finished are kept, so the command can be interrupted and repeated, and several
-of it can work on different seeds at once.
+same budget is one of them, the one whose recipe the others are based on. Where that budget is
+shorter than the weight's own, there may be two more of full length, of which one says with
+`zoo.against` that it is compared with the other. Each is trained with each seed. Runs that are
+finished are kept, so the command can be interrupted and repeated, and several of it can work on
+different seeds at once.
 """
 
 from __future__ import annotations
@@ -71,6 +73,24 @@ def find_recipes(name: str) -> list[Path]:
     return sorted(paths, key=lambda path: "\n  base:" in path.read_text(encoding="utf-8"))
 
 
+def _read_recipes(name: str, overrides: Sequence[str] = ()) -> list[training.Recipe]:
+    """Recipes of the controls of a weight; the model's own first.
+
+    Raises:
+        UnknownNameError: one is to be compared with a control that is not among them.
+        ZooError: the weight has no controls.
+    """
+    recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
+    stems = [recipe.path.stem for recipe in recipes]
+    for recipe in recipes:
+        if recipe.against and recipe.against not in stems:
+            raise UnknownNameError(
+                f"{recipe.path}: zoo.against names no control of {name}: {recipe.against!r}."
+                f"{nearest(recipe.against, stems)} There are: {', '.join(stems)}."
+            )
+    return recipes
+
+
 def _full_name(name: str) -> str:
     """The full name of a weight; what is no weight stays, since its recipes may be there."""
     try:
@@ -106,7 +126,7 @@ def run(
     """
     name = _full_name(name)
     folder = _folder(name, out)
-    recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
+    recipes = _read_recipes(name, overrides)
     stems = [recipe.path.stem for recipe in recipes]
     for stem in only or ():
         if stem not in stems:
@@ -139,7 +159,7 @@ def collect(
         ZooError: a control has no finished run.
     """
     name = _full_name(name)
-    recipes = [training.read_recipe(path, overrides) for path in find_recipes(name)]
+    recipes = _read_recipes(name, overrides)
     _check_finished(recipes, Path(out), overrides)
     return _collect(name, recipes, Path(out))
 
@@ -148,10 +168,13 @@ def _collect(name: str, recipes: Sequence[training.Recipe], folder: Path) -> lis
     speeds = _speeds(recipes)
     controls: list[Control] = []
     for protocol in _protocols(recipes[0]):
-        reference: _Arm | None = None
-        for recipe in recipes:
-            arm = _load_arm(recipe, folder / recipe.path.stem, protocol)
-            reference = arm if reference is None else reference
+        arms = {
+            recipe.path.stem: _load_arm(recipe, folder / recipe.path.stem, protocol)
+            for recipe in recipes
+        }
+        model = recipes[0].path.stem
+        for stem, arm in arms.items():
+            reference = None if stem == model else arms[arm.recipe.against or model]
             controls.append(_control(name, arm, protocol, reference, speeds))
     return controls
 
@@ -164,7 +187,7 @@ def finished_runs(name: str, out: str | os.PathLike[str] | None = None) -> dict[
     """
     name = _full_name(name)
     folder = _folder(name, out)
-    recipes = [training.read_recipe(path) for path in find_recipes(name)]
+    recipes = _read_recipes(name)
     found = {
         recipe.name: [path.parent for path in _outcomes(folder / recipe.path.stem).values()]
         for recipe in recipes
@@ -307,7 +330,11 @@ def paired_difference(a: Tensor, b: Tensor, counts: Tensor) -> tuple[float, tupl
 
 
 def _control(
-    name: str, arm: _Arm, protocol: str, reference: _Arm, speeds: dict[Path, tuple[int, float]]
+    name: str,
+    arm: _Arm,
+    protocol: str,
+    reference: _Arm | None,
+    speeds: dict[Path, tuple[int, float]],
 ) -> Control:
     first = arm.measurements[0]
     values = [m.value for m in arm.measurements]
@@ -330,7 +357,7 @@ def _control(
         cpu_minutes=arm.cpu_minutes,
     )
     difference, interval = None, None
-    if arm is not reference:
+    if reference is not None:
         difference, interval = paired_difference(arm.mean_sums, reference.mean_sums, first.counts)
     macs, speed = speeds[arm.recipe.path]
     return Control(
@@ -343,6 +370,7 @@ def _control(
         result=result,
         difference=difference,
         difference_interval=interval,
+        against=reference.recipe.name if reference is not None and arm.recipe.against else "",
     )
 
 

@@ -83,7 +83,7 @@ _DECISIVE = (
 )
 """Options of the trainer that decide what is learned; of the others, the machine and its owner."""
 
-_ZOO_KEYS = ("architecture", "data", "weight", "base", "name", "differs", "finetune")
+_ZOO_KEYS = ("architecture", "data", "weight", "base", "name", "differs", "against", "finetune")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,8 @@ class Recipe:
         data: key of `DATA_MODULES`.
         weight: name of the weight that the recipe made, or "" for none.
         name, differs: of a control: what it is called, and in what it differs from the model.
+        against: of a control: the control that it is compared with, as the name of its file
+            without suffix; "" for the model.
         finetune: which weights to start from; None: from scratch.
         options: sections `seed_everything`, `trainer`, `model`, `data`.
         path: where it was read.
@@ -107,6 +109,7 @@ class Recipe:
     path: Path
     name: str = ""
     differs: str = ""
+    against: str = ""
     finetune: FineTuning | None = None
 
 
@@ -199,7 +202,7 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: Path) ->
     for key in ("architecture", "data"):
         if not isinstance(header.get(key), str):
             raise ConfigError(f"{path}: section 'zoo' needs {key!r}.")
-    for key in ("weight", "name", "differs"):
+    for key in ("weight", "name", "differs", "against"):
         if not isinstance(header.get(key), (str, type(None))):
             raise ConfigError(f"{path}: zoo.{key} must be text, got {header[key]!r}.")
     architecture(header["architecture"])
@@ -219,6 +222,7 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: Path) ->
         path=path,
         name=header.get("name") or "",
         differs=header.get("differs") or "",
+        against=header.get("against") or "",
     )
 
 
