@@ -147,6 +147,8 @@ def test_controls_differ_from_the_model_in_the_network_alone(name: str) -> None:
     model, *others = (read_recipe(path) for path in paths)
     assert others
     assert "base:" not in paths[0].read_text(encoding="utf-8")
+    epochs = read_recipe(name).options["trainer"].get("max_epochs")
+    of_full_length = {stem for r in others if r.against for stem in (r.path.stem, r.against)}
     for path, recipe in zip(paths, (model, *others), strict=True):
         text = path.read_text(encoding="utf-8")
         assert text.splitlines()[0].split(" --seeds")[0] == f"# zoo controls {name}"
@@ -159,11 +161,15 @@ def test_controls_differ_from_the_model_in_the_network_alone(name: str) -> None:
             assert recipe.options[section] == model.options[section], f"{path.name}: {section}"
         # One that is cheaper by the step may have more of them, and says so.
         more = {"max_epochs"} if "times as many steps" in recipe.differs else set()
+        if path.stem in of_full_length:
+            assert recipe.options["trainer"]["max_epochs"] == epochs
+            more = {"max_epochs"}
         trainers = [{k: v for k, v in r.options["trainer"].items() if k not in more}
                     for r in (recipe, model)]  # fmt: skip
         assert trainers[0] == trainers[1], path.name
     for recipe in others:
-        assert recipe.options["model"] != model.options["model"]
+        the_weight = recipe.path.stem in {r.against for r in others}
+        assert (recipe.options["model"] == model.options["model"]) == the_weight, recipe.path
         # What is another kind of network is tuned by itself, and says so.
         kinds, optimizers = (
             [r.options["model"].get(key) for r in (recipe, model)]
