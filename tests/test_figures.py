@@ -140,6 +140,9 @@ def test_without_matplotlib(
 def test_a_run_that_logged_something_else(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"The run logged no train_loss; there is: other\."):
         figures._loss_curves({"other": [(0, 1.0)]}, tmp_path / "loss.png")
+    of_classes = {f"class_accuracy/{i}": [(0, 1.0)] for i in range(1200)}
+    with pytest.raises(ZooError, match=r"; there is: class_accuracy/\* \(1,200\), val_accuracy\.$"):
+        figures._loss_curves({**of_classes, "val_accuracy": []}, tmp_path / "loss.png")
 
 
 def test_expert_usage_is_the_logged_weights_in_order_of_experts() -> None:

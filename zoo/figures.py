@@ -184,8 +184,19 @@ def read_metrics(run: Path) -> Metrics:
 
 def _series(metrics: Metrics, name: str) -> list[tuple[int, float]]:
     if name not in metrics:
-        raise ZooError(f"The run logged no {name}; there is: {', '.join(metrics)}.")
+        raise ZooError(f"The run logged no {name}; there is: {', '.join(_listed(metrics))}.")
     return metrics[name]
+
+
+def _listed(metrics: Metrics) -> list[str]:
+    """Names of metrics, those of many classes or parts as one."""
+    groups: dict[str, list[str]] = {}
+    for name in metrics:
+        groups.setdefault(name.partition("/")[0], []).append(name)
+    return [
+        names[0] if len(names) == 1 else f"{group}/* ({len(names):,})"
+        for group, names in groups.items()
+    ]
 
 
 def _loss_curves(
