@@ -17,7 +17,7 @@ from tests import tiny
 from tests.tiny_images import CLASSES, SIZE, write_folder
 from zoo import _card_tables, cards, checkpoints, training
 from zoo.data.densities import DENSITIES, DensityDataModule
-from zoo.data.images import ImagePreprocessing
+from zoo.data.images import ImageBatch, ImagePreprocessing
 from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule
 from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError
 from zoo.families.continuous_depth import ODEResNetConfig, SolverConfig
@@ -130,7 +130,66 @@ def test_the_knob_reaches_the_average_of_the_weights() -> None:
     assert model.nfe == 12
     with model.another_solver(method="euler", steps=1):
         assert model.nfe == 1
-    assert (model.solver, model.steps) == ("rk4", 3)
+    for network in (model.network, model.published_network):
+        assert [(b.solver.method, b.solver.steps) for b in network.ode_blocks()] == [("rk4", 3)]
+
+
+def test_training_draws_the_number_of_steps(tmp_path: Path, run: training.Run) -> None:
+    from zoo.figures import read_metrics
+
+    values = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    options = {
+        "zoo": values["zoo"],
+        "model": {
+            "train_steps": [1, 2, 5],
+            "network": {"num_classes": 3, "in_channels": 3, "widths": [4, 6]},
+            "ema_decay": 0.5,
+        },
+        "data": values["data"],
+    }
+    runs = []
+    for name, epochs in (("whole", 4), ("halves", 2), ("halves", 4)):
+        options["trainer"] = {"max_epochs": epochs, "accelerator": "cpu", "log_every_n_steps": 1}
+        path = write(tmp_path, options)
+        runs.append(training.fit(path, out=tmp_path / name, resume=True))
+    whole, _, halves = runs
+    drawn = [[nfe for _, nfe in read_metrics(r.folder)["nfe"]] for r in (whole, halves)]
+    assert {nfe / min(drawn[0]) for nfe in drawn[0]} == {1.0, 2.0, 5.0}
+    assert drawn[0] == drawn[1], "a resumed run draws what the whole one does"
+    assert whole.module.steps == ODEResNetConfig().solver.steps
+    state, other = (r.module.state_dict() for r in (whole, halves))
+    assert all(torch.equal(state[key], other[key]) for key in state)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_drawn_steps() -> None:
+    model = classifier(train_steps=(3,)).train()
+    batch = ImageBatch(torch.rand(4, 3, *SIZE), torch.tensor([0, 1, 2, 0]))
+    plain = classifier().train()
+    plain.steps = 3
+    expected = torch.nn.functional.cross_entropy(plain.network(batch.images), batch.targets)
+    model.log = lambda *arguments, **options: None  # type: ignore[method-assign]
+    assert float(model.training_step(batch, 0)) == pytest.approx(float(expected), rel=1e-6)
+    assert model.network.nfe == plain.network.nfe
+    assert model.steps == NETWORK.solver.steps != 3
+
+
+@pytest.mark.parametrize(
+    ("network", "steps", "message"),
+    [
+        (NETWORK, (2, 0), r"train_steps must all be at least 1, got \[2, 0\]"),
+        (dataclasses.replace(NETWORK, body="none"), (2,), "needs an ODE .*; got body 'none'"),
+        (
+            dataclasses.replace(NETWORK, solver=SolverConfig(method="dopri5")),
+            (2,),
+            "a solver of fixed steps, one of euler, .* with 'dopri5'",
+        ),
+    ],
+)
+def test_steps_that_cannot_be_drawn(
+    network: ODEResNetConfig, steps: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ODEResNetClassifier(network, train_steps=steps)
 
 
 def test_a_control_without_ode_has_no_knob_and_no_diagnosis() -> None:

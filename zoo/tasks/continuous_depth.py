@@ -53,12 +53,18 @@ class TaskSolverKnob(SolverKnob):
             raise ConfigError("This network has no ODE block, so there is no solver to choose.")
         return blocks
 
-    def _set(self, **changes: Any) -> None:
+    def _networks(self) -> list[SolverKnob]:
+        """The network that is used, and the one that is trained where that is another."""
         assert isinstance(self, ZooModule)
+        networks = [self.published_network]
+        if self.network is not self.published_network:
+            networks.append(self.network)
+        return [network for network in networks if isinstance(network, SolverKnob)]
+
+    def _set(self, **changes: Any) -> None:
         self.ode_blocks()
         try:
-            for network in {self.published_network, self.network}:
-                assert isinstance(network, SolverKnob)
+            for network in self._networks():
                 network._set(**changes)
         except ValueError as error:
             raise ConfigError(str(error)) from None
@@ -66,12 +72,14 @@ class TaskSolverKnob(SolverKnob):
     @contextlib.contextmanager
     def another_solver(self, **changes: Any) -> Iterator[None]:
         """Use other values of `SolverConfig` for a while."""
-        before = [(block, block.solver) for block in self.ode_blocks()]
+        self.ode_blocks()
+        blocks = [block for network in self._networks() for block in network.ode_blocks()]
+        before = [block.solver for block in blocks]
         try:
             self._set(**changes)
             yield
         finally:
-            for block, solver in before:
+            for block, solver in zip(blocks, before, strict=True):
                 block.solver = solver
 
     def check_exportable(self) -> None:
@@ -167,9 +175,19 @@ class ODEResNetClassifier(TaskSolverKnob, ImageClassifier):
     The solver is part of the trained network and can be changed afterwards:
     `m.solver = "rk4"; m.steps = 4; m.tolerance = 1e-3`; `m.nfe` counts evaluations.
 
+    Trained with one number of steps, a network learns to need it, and a finer solver makes another
+    network of it (Ott et al., arXiv:2007.15386). Where each batch draws its number of steps, what
+    is learned is what they have in common, the flow of the field.
+
     Args:
         network: shape of the network.
+        train_steps: numbers of steps of the fixed-step solver, one of which each training batch
+            draws, the same in each run; none: those of `network.solver`, which is also what the
+            network is measured and published with.
         options: those of `ImageClassifier`.
+
+    Raises:
+        ConfigError: there is no solver of fixed steps to draw the steps of, or a number is below 1.
     """
 
     network_config: ClassVar[type[Any]] = ODEResNetConfig
@@ -178,15 +196,44 @@ class ODEResNetClassifier(TaskSolverKnob, ImageClassifier):
 
     network: ODEResNet
 
-    def __init__(self, network: ODEResNetConfig = ODEResNetConfig(), **options: Any) -> None:
+    def __init__(
+        self,
+        network: ODEResNetConfig = ODEResNetConfig(),
+        train_steps: tuple[int, ...] = (),
+        **options: Any,
+    ) -> None:
         super().__init__(network, **options)
+        self.train_steps = tuple(train_steps)
+        if not self.train_steps:
+            return
+        if network.body != "ode" or not network.solver.is_fixed:
+            raise ConfigError(
+                "train_steps needs an ODE with a solver of fixed steps, one of "
+                f"{', '.join(FIXED_METHODS)}; got body {network.body!r} with "
+                f"{network.solver.method!r}"
+            )
+        if min(self.train_steps) < 1:
+            raise ConfigError(f"train_steps must all be at least 1, got {[*self.train_steps]}")
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy, nats; evaluations of the field are logged beside it."""
-        loss = super().training_step(batch, batch_idx)
+        with self._drawn_steps():
+            loss = super().training_step(batch, batch_idx)
         if self.config.body == "ode":
             self.log("nfe", float(self.network.nfe))
         return loss
+
+    @contextlib.contextmanager
+    def _drawn_steps(self) -> Iterator[None]:
+        """Take one of `train_steps` for a forward pass; which one, the step says, so that a resumed
+        run agrees."""
+        if not self.train_steps:
+            yield
+            return
+        generator = torch.Generator().manual_seed(self.global_step)
+        drawn = int(torch.randint(len(self.train_steps), (), generator=generator))
+        with self.another_solver(steps=self.train_steps[drawn]):
+            yield
 
     def on_after_backward(self) -> None:
         if self.config.body == "ode":
