@@ -184,6 +184,23 @@ def test_controls_are_a_table(shelf: Shelf) -> None:
     header, *rows = shelf.said["controls"].out.splitlines()
     assert header.split()[:3] == ["control", "parameters", "protocol"]
     assert [row.split("  ")[0] for row in rows] == ["the model", "no cache"] * 2
+    assert header.split()[-2:] == ["difference", "speed"]
+    for arm, row in zip(cards.find(NAME).controls, rows, strict=True):
+        assert arm.speed in row
+        if arm.difference is not None:
+            assert f" {arm.difference:+.4f} (" in row
+
+
+def test_controls_that_are_not_recorded_are_not_timed(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(controls, "_speeds")
+    shutil.copytree(shelf.folder / "controls" / "none", tmp_path / "none")
+    said = run("controls", NAME, "--seeds", 1, "--only", "none", "--out", tmp_path)
+    header, *rows = said.out.splitlines()
+    assert header.split()[-1] == "difference"
+    assert [row.split("  ")[0] for row in rows] == ["no cache"] * 2
+    assert [row.split()[-1] for row in rows] == ["-", "-"]
 
 
 def test_the_card_is_complete_and_up_to_date(shelf: Shelf) -> None:

@@ -208,6 +208,27 @@ def test_controls_may_have_unlike_numbers_of_seeds(trained: Trained, tmp_path: P
     assert not (out / "a-none" / f"seed_{SEEDS[1]}").exists()
 
 
+def test_one_control_may_be_trained_by_itself(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained.out / "a-none", out / "a-none")
+    alone = controls.run(NAME, seeds=SEEDS, out=out, only=["a-none"], speeds=False)
+    assert [(arm.name, arm.result.protocol) for arm in alone] == [
+        ("without", "stream"),
+        ("without", "blocks"),
+    ]
+    assert [arm.result.value for arm in alone] == [arm.result.value for arm in trained.arms[1::2]]
+    assert all(arm.difference is arm.difference_interval is arm.macs is None for arm in alone)
+    assert {arm.speed for arm in alone} == {""}
+    assert not (out / "b-grc").exists()
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(trained.out / "b-grc" / "seed_1" / "checkpoint", folder)
+    evaluation.record(folder, NAME)
+    before = (folder / RESULTS_FILE).read_bytes()
+    with pytest.raises(ZooError, match=r"^Nothing is recorded: no finished run of b-grc\.$"):
+        controls.record(alone, folder)
+    assert (folder / RESULTS_FILE).read_bytes() == before
+
+
 def test_a_control_may_be_compared_with_another(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,7 +164,7 @@ def _controls(card: Card) -> str:
                 control.result.protocol,
                 f"{_number(control.result.value)} {_words(control.result.metric)}",
                 f"{_number(control.result.seed_spread)} over {len(control.result.seeds)}",
-                _difference(control),
+                difference(control),
                 f"{control.parameters:,}",
                 "-" if control.macs is None else f"{control.macs:,}",
                 control.speed or "-",
@@ -175,7 +175,8 @@ def _controls(card: Card) -> str:
     )
 
 
-def _difference(control: Control) -> str:
+def difference(control: Control) -> str:
+    """Of a control to the model, or to what it is compared with, and its interval."""
     if control.difference is None or control.difference_interval is None:
         return "-"
     low, high = control.difference_interval

@@ -773,7 +773,13 @@ def _controls(options: argparse.Namespace) -> int:
     from zoo import controls
 
     with _chatter():
-        arms = controls.run(options.name, seeds=options.seeds, out=options.out, only=options.only)
+        arms = controls.run(
+            options.name,
+            seeds=options.seeds,
+            out=options.out,
+            only=options.only,
+            speeds=bool(options.record or options.json),
+        )
     if options.record:
         controls.record(arms, options.record)
     if options.figure:
@@ -787,6 +793,8 @@ def _controls(options: argparse.Namespace) -> int:
 
         _print_json([to_json(arm) for arm in arms])
         return OK
+    from zoo._card_tables import difference
+
     rows = [
         [
             arm.name,
@@ -794,11 +802,13 @@ def _controls(options: argparse.Namespace) -> int:
             arm.result.protocol,
             f"{arm.result.value:.4f}",
             "-" if arm.result.seed_spread is None else f"{arm.result.seed_spread:.4f}",
-            arm.speed,
+            difference(arm),
+            *([arm.speed] if options.record else []),
         ]
         for arm in arms
     ]
-    _table(["control", "parameters", "protocol", "value", "seed spread", "speed"], rows)
+    columns = ["control", "parameters", "protocol", "value", "seed spread", "difference"]
+    _table([*columns, "speed"] if options.record else columns, rows)
     return OK
 
 

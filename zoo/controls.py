@@ -106,11 +106,12 @@ def run(
     out: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     only: Sequence[str] | None = None,
+    speeds: bool = True,
 ) -> list[Control]:
-    """Train what is missing, and return one `Control` per recipe and protocol.
+    """Train what is missing, and return one `Control` per trained recipe and protocol.
 
     Controls may have unlike numbers of seeds: each is recorded with all that it was trained with,
-    now or before.
+    now or before. Those with no finished run are left out, and so are differences to them.
 
     Args:
         name: of a weight, or of an architecture, which means its default weight.
@@ -118,6 +119,8 @@ def run(
         out: folder of the runs; None: `runs/controls/<name>`.
         overrides: `section.key=value`, applied to every control alike.
         only: names of the recipes to train now, without folder and suffix; None: all.
+        speeds: whether to count multiplications and measure the speed of each, which `record`
+            needs.
 
     Raises:
         UnknownNameError: there is no such recipe.
@@ -143,7 +146,8 @@ def run(
     ]
     for recipe, seed in track(jobs, "controls"):
         _train(recipe, seed, folder / recipe.path.stem / f"seed_{seed}", overrides)
-    return _collect(name, recipes, folder)
+    trained = [recipe for recipe in recipes if _outcomes(folder / recipe.path.stem)]
+    return _collect(name, trained, folder, model=stems[0], speeds=speeds)
 
 
 def collect(
@@ -161,21 +165,22 @@ def collect(
     name = _full_name(name)
     recipes = _read_recipes(name, overrides)
     _check_finished(recipes, Path(out), overrides)
-    return _collect(name, recipes, Path(out))
+    return _collect(name, recipes, Path(out), model=recipes[0].path.stem, speeds=True)
 
 
-def _collect(name: str, recipes: Sequence[training.Recipe], folder: Path) -> list[Control]:
-    speeds = _speeds(recipes)
+def _collect(
+    name: str, recipes: Sequence[training.Recipe], folder: Path, *, model: str, speeds: bool
+) -> list[Control]:
+    measured = _speeds(recipes) if speeds else {}
     controls: list[Control] = []
     for protocol in _protocols(recipes[0]):
         arms = {
             recipe.path.stem: _load_arm(recipe, folder / recipe.path.stem, protocol)
             for recipe in recipes
         }
-        model = recipes[0].path.stem
         for stem, arm in arms.items():
-            reference = None if stem == model else arms[arm.recipe.against or model]
-            controls.append(_control(name, arm, protocol, reference, speeds))
+            reference = None if stem == model else arms.get(arm.recipe.against or model)
+            controls.append(_control(name, arm, protocol, reference, measured))
     return controls
 
 
@@ -202,11 +207,23 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     `zoo reproduce`: three standard deviations, for each protocol its own.
 
     Raises:
-        ZooError: the folder has no results yet; write those first.
+        ZooError: the folder has no results yet; write those first. Or a control is missing.
     """
     before = evaluation.read_results(Path(folder))
     if before is None:
         raise ZooError(f"{folder} has no results: zoo evaluate {folder} --record")
+    known = {control.recipe for control in controls}
+    homes = {recipe.split("/")[1] for recipe in known}
+    missing = [
+        path.stem
+        for home in sorted(homes)
+        for path in find_recipes(home)
+        if f"controls/{home}/{path.name}" not in known
+    ]
+    if missing or not known:
+        raise ZooError(
+            f"Nothing is recorded: no finished run of {', '.join(missing) or 'any control'}."
+        )
     tolerances = {
         control.result.protocol: _TOLERATED_SPREADS * control.result.seed_spread
         for control in controls
@@ -359,14 +376,14 @@ def _control(
     difference, interval = None, None
     if reference is not None:
         difference, interval = paired_difference(arm.mean_sums, reference.mean_sums, first.counts)
-    macs, speed = speeds[arm.recipe.path]
+    macs, speed = speeds.get(arm.recipe.path, (None, None))
     return Control(
         name=arm.recipe.name,
         differs=arm.recipe.differs,
         recipe=f"controls/{name}/{arm.recipe.path.name}",
         parameters=arm.parameters,
         macs=macs,
-        speed=f"{speed:,.0f} {first.unit}s/s",
+        speed="" if speed is None else f"{speed:,.0f} {first.unit}s/s",
         result=result,
         difference=difference,
         difference_interval=interval,
