@@ -415,6 +415,7 @@ EXPECTED_CARDS = [
     "cached-transformer-lm.tiny-shakespeare",
     "continuous-flow.toy",
     "dselect-k-recommender.movielens-100k",
+    "latent-ode.spirals-30",
     "latent-ode.spirals-50",
     "latent-ode.spirals",
     "ode-resnet.mnist",
