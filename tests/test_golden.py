@@ -36,11 +36,11 @@ def test_golden_outputs_come_out(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_a_small_change_of_any_kind_is_seen(name: str) -> None:
-    """One part in a hundred of the middle parameter is far more than the tolerance."""
+    """Two parts in a hundred of the middle parameter are far more than the tolerance."""
     module = zoo.load(name, local_files_only=True)
     parameters = [p for p in module.network.parameters() if p.ndim > 1]
     with torch.no_grad():
-        parameters[len(parameters) // 2].mul_(1.01)
+        parameters[len(parameters) // 2].mul_(1.02)
     assert deviation(outputs(module), golden.expected(name)) > 3 * TOLERANCE
 
 

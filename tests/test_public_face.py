@@ -119,6 +119,7 @@ BUNDLED = [
     "latent-ode.spirals-30",
     "latent-ode.spirals-50",
     "latent-ode.spirals",
+    "ode-resnet.fashion-mnist",
     "ode-resnet.mnist",
     "online-ensemble.split-cifar100",
     "online-ensemble.split-fashion-mnist",
