@@ -519,6 +519,27 @@ def assert_equal(a: Any, b: Any) -> None:
         assert a == b
 
 
+def test_each_epoch_is_kept_where_few_are_validated(recipe: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "run", ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3"]
+    whole = fit(recipe, options, out=tmp_path / "whole")
+    content = torch.load(whole.folder / "last.ckpt", weights_only=True)
+    assert content["epoch"] + 1 == 3
+    checkpoints.convert(whole.folder / "last.ckpt", tmp_path / "converted")
+    assert weights(tmp_path / "converted") == weights(whole.checkpoint)
+    code = _KILLED.replace('["trainer.max_epochs=3"]', repr(options))
+    killed = subprocess.run(
+        [sys.executable, "-c", code, "in an epoch", str(recipe), str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert torch.load(out / "last.ckpt", weights_only=True)["epoch"] + 1 == 1
+    assert weights(fit(recipe, options, out=out, resume=True).checkpoint) == weights(
+        whole.checkpoint
+    )
+
+
 def test_resuming_a_finished_run_changes_nothing(done: training.Run, tmp_path: Path) -> None:
     copied = tmp_path / "run"
     shutil.copytree(done.folder, copied)

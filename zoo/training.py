@@ -686,7 +686,12 @@ def _callbacks(folder: Path, progress_bar: bool) -> list[Any]:
     return [
         # Without a monitored value the newest checkpoint replaces the one before.
         ModelCheckpoint(
-            dirpath=folder, filename="last", save_top_k=1, enable_version_counter=False
+            dirpath=folder,
+            filename="last",
+            save_top_k=1,
+            # Else it is written where validation is, which may be every fifth epoch.
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
         ),
         *bars,
         Stopwatch(),
