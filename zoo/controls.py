@@ -213,7 +213,7 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     if before is None:
         raise ZooError(f"{folder} has no results: zoo evaluate {folder} --record")
     known = {control.recipe for control in controls}
-    homes = {recipe.split("/")[1] for recipe in known}
+    homes = {Path(recipe).parent.name for recipe in known} - {""}
     missing = [
         path.stem
         for home in sorted(homes)
