@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.tiny import LESS_DATA, SEGMENT, SHRUNK, write_recipe
-from zoo import cards, checkpoints, controls, evaluation, training
+from zoo import cards, checkpoints, cli, controls, evaluation, training
 from zoo.cards import Control
 from zoo.errors import ConfigError, UnknownNameError, ZooError
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE
@@ -227,6 +227,23 @@ def test_one_control_may_be_trained_by_itself(trained: Trained, tmp_path: Path) 
     with pytest.raises(ZooError, match=r"^Nothing is recorded: no finished run of b-grc\.$"):
         controls.record(alone, folder)
     assert (folder / RESULTS_FILE).read_bytes() == before
+
+
+def test_a_record_that_would_be_refused_is_so_before_anything_is_trained(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, folder = tmp_path / "out", tmp_path / "checkpoint"
+    shutil.copytree(trained.out / "b-grc" / "seed_1" / "checkpoint", folder)
+    command = ["controls", NAME, "--out", str(out), "--record", str(folder), "--only", "b-grc"]
+    assert cli.main(command) == cli.BAD_INPUT
+    assert "has no results: zoo evaluate" in capsys.readouterr().err
+    evaluation.record(folder, NAME)
+    assert cli.main(command) == cli.BAD_INPUT
+    assert "Nothing is recorded: no finished run of a-none." in capsys.readouterr().err
+    assert not out.exists()
+    # Those that are finished, or to be trained now, are not missing.
+    controls.check_recordable(NAME, folder, out=trained.out, only=["b-grc"])
+    controls.check_recordable(NAME, folder, out=out)
 
 
 def test_a_control_may_be_compared_with_another(

@@ -772,6 +772,8 @@ def _finetune(options: argparse.Namespace) -> int:
 def _controls(options: argparse.Namespace) -> int:
     from zoo import controls
 
+    if options.record:
+        controls.check_recordable(options.name, options.record, out=options.out, only=options.only)
     with _chatter():
         arms = controls.run(
             options.name,

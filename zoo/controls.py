@@ -31,7 +31,15 @@ if TYPE_CHECKING:
 
     from zoo.tasks.base import Measurement
 
-__all__ = ["collect", "find_recipes", "finished_runs", "paired_difference", "record", "run"]
+__all__ = [
+    "check_recordable",
+    "collect",
+    "find_recipes",
+    "finished_runs",
+    "paired_difference",
+    "record",
+    "run",
+]
 
 _OUTCOME = "outcome.json"
 _TIMED_STEPS = 5
@@ -200,6 +208,48 @@ def finished_runs(name: str, out: str | os.PathLike[str] | None = None) -> dict[
     return {control: runs for control, runs in found.items() if runs}
 
 
+def check_recordable(
+    name: str,
+    folder: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    only: Sequence[str] | None = None,
+) -> None:
+    """Check, before anything is trained or timed, that `record` will take what `run` returns.
+
+    Args:
+        name, out, only: as of `run`.
+        folder: the checkpoint folder.
+
+    Raises:
+        ZooError: there are no controls; or `record` would refuse, and says why.
+    """
+    name = _full_name(name)
+    _results(folder)
+    home = _folder(name, out)
+    _refuse_missing(
+        [
+            path.stem
+            for path in find_recipes(name)
+            if only is not None and path.stem not in only and not _outcomes(home / path.stem)
+        ]
+    )
+
+
+def _results(folder: str | os.PathLike[str]) -> cards.Measurements:
+    results = evaluation.read_results(Path(folder))
+    if results is None:
+        raise ZooError(f"{folder} has no results: zoo evaluate {folder} --record")
+    return results
+
+
+def _refuse_missing(stems: Sequence[str], *, any_control: bool = True) -> None:
+    if stems or not any_control:
+        raise ZooError(
+            f"Nothing is recorded: no finished run of {', '.join(stems) or 'any control'}."
+        )
+
+
 def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     """Write controls into the `results.json` of a checkpoint folder.
 
@@ -209,21 +259,18 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     Raises:
         ZooError: the folder has no results yet; write those first. Or a control is missing.
     """
-    before = evaluation.read_results(Path(folder))
-    if before is None:
-        raise ZooError(f"{folder} has no results: zoo evaluate {folder} --record")
+    before = _results(folder)
     known = {control.recipe for control in controls}
     homes = {Path(recipe).parent.name for recipe in known} - {""}
-    missing = [
-        path.stem
-        for home in sorted(homes)
-        for path in find_recipes(home)
-        if f"controls/{home}/{path.name}" not in known
-    ]
-    if missing or not known:
-        raise ZooError(
-            f"Nothing is recorded: no finished run of {', '.join(missing) or 'any control'}."
-        )
+    _refuse_missing(
+        [
+            path.stem
+            for home in sorted(homes)
+            for path in find_recipes(home)
+            if f"controls/{home}/{path.name}" not in known
+        ],
+        any_control=bool(known),
+    )
     tolerances = {
         control.result.protocol: _TOLERATED_SPREADS * control.result.seed_spread
         for control in controls
