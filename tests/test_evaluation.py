@@ -24,7 +24,14 @@ from tests.tiny import SEGMENT, copy, write_recipe
 from zoo import _card_tables, cards, checkpoints, controls, evaluation, training
 from zoo.cards import Card, Measurements, Result
 from zoo.errors import CheckpointError, ConfigError, ZooError
-from zoo.evaluation import Evaluation, Outcome, bootstrap_interval, wilson_interval
+from zoo.evaluation import (
+    Evaluation,
+    Outcome,
+    Summary,
+    bootstrap_interval,
+    summarise,
+    wilson_interval,
+)
 from zoo.files import RECIPE_FILE, RESULTS_FILE, WEIGHTS_FILE
 from zoo.tasks.base import Measurement
 
@@ -37,6 +44,35 @@ def test_wilson_interval(n: int, share: float, confidence: float) -> None:
     test = scipy.stats.binomtest(successes, n)
     expected = test.proportion_ci(confidence, method="wilson")
     assert wilson_interval(successes, n, confidence) == pytest.approx(expected, abs=1e-12)
+
+
+@given(
+    values=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40),
+    confidence=st.floats(0.5, 0.999),
+)
+def test_interval_over_seeds(values: list[float], confidence: float) -> None:
+    summary = summarise(values, confidence)
+    assert summary.mean == pytest.approx(float(np.mean(values)), abs=1e-9)
+    scale = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    expected = scipy.stats.t.interval(confidence, len(values) - 1, float(np.mean(values)), scale)
+    if scale > 0:
+        assert summary.interval == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_interval_over_three_seeds_holds_the_mean_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(0).normal(size=(2000, 3))
+    intervals = [summarise(list(values)).interval for values in draws]
+    held = sum(interval is not None and interval[0] <= 0 <= interval[1] for interval in intervals)
+    # Four standard deviations of the share of 2,000.
+    assert held / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert summarise([0.25]) == Summary(mean=0.25, interval=None)
+    assert f"{summarise([0.25]):+.2f}" == "+0.25"
+    assert f"{Summary(mean=0.25, interval=(-1.0, 1.5)):+.2f}" == "+0.25 (-1.00 to +1.50)"
+    with pytest.raises(ValueError, match="at least one data point"):
+        summarise([])
 
 
 def test_wilson_interval_solves_its_equation() -> None:

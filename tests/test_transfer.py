@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from zoo.cards import shipped_folder
 from zoo.data.images import ImageSplit
 from zoo.data.ratings import read_ratings_csv
 from zoo.errors import ConfigError, DataError, UnknownNameError
+from zoo.evaluation import Summary
 from zoo.families.continuous_depth import ODEResNetConfig
 from zoo.families.sau_shufflenet import ShuffleNetConfig
 from zoo.files import WEIGHTS_FILE, read_json
-from zoo.recovery import Summary
 from zoo.transfer import EXAMPLES, Point
 
 CLOTHES = 10
@@ -96,6 +97,7 @@ def test_a_language_model_on_novels(tmp_path: Path) -> None:
     )
     check("austen", points, [300], held // 4)
     assert [point["values"] for point in stored["points"]] == [list(p.values) for p in points]
+    assert stored["command"] == "zoo transfer austen --amounts 300 --seeds 1 2 --steps 2"
     assert stored["base"] == str(lm), "not the example's, which had no part in it"
     again = transfer.run(
         "austen", base=lm, amounts=[300, 300], seeds=(2, 1, 2), steps=2, out=tmp_path / "out"
@@ -156,13 +158,15 @@ def test_an_ensemble_meets_new_classes(few: None, tmp_path: Path) -> None:
     encoder = EncoderConfig(kind="autoencoder", dim=12)
     module = OnlineClassifier(network=OnlineNetworkConfig(encoder=encoder))
     digits = shades(20, 1, 28, 10)
-    module.learn(255 - digits.images, digits.labels)
+    module.learn(digits.images, digits.labels)  # which look like the clothes to come
     checkpoints.save(module, tmp_path / "base")
     before = checkpoints.load(tmp_path / "base").predict(digits.images[:2])
     points = transfer.run(
         "new-classes", base=tmp_path / "base", amounts=[2], seeds=(1, 2), out=tmp_path / "out"
     )
     check("new-classes", points, [2], 40)
+    _, among_all, among_new = points
+    assert max(among_all.values) < 0.9 < min(among_new.values)
     assert checkpoints.load(tmp_path / "base").predict(digits.images[:2]) == before
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     with pytest.raises(ConfigError, match="was made with other options"):
@@ -241,6 +245,74 @@ def test_verdicts(metric: str, interval: tuple[float, float], verdict: str) -> N
     (row,) = transfer.rows([point])
     assert row[-1] == verdict
     assert dataclasses.replace(point, gain=None).verdict == "-"
+    one = dataclasses.replace(point, gain=Summary(mean=0.5, interval=None))
+    assert one.verdict == "cannot tell"
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+def a_point(arm: str, mean: float, gain: Summary | None) -> Point:
+    return Point(
+        arm=arm,
+        amount=2000,
+        metric="nats_per_character",
+        n=9000,
+        seeds=(1, 2),
+        values=(mean - 0.25, mean + 0.25),
+        intervals=((0.0, 9.0), (0.0, 9.0)),
+        mean=Summary(mean=mean, interval=(mean - 0.5, mean + 0.5)),
+        gain=gain,
+    )
+
+
+def test_outcomes_are_kept_beside_the_readme_that_shows_them(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- zoo:transfer -->\nold\n<!-- /zoo:transfer -->\nafter\n")
+    gain = Summary(mean=-1.0, interval=(-1.5, -0.5))
+    points = [a_point("from scratch", 3.0, None), a_point("fine-tuned", 2.0, gain)]
+    for name in ("new-users", "austen"):
+        (tmp_path / name).mkdir()
+        transfer.write(name, points, tmp_path / name)
+        transfer.update_readme(readme, tmp_path / name)
+    before, _, header, _, *lines, _, after = readme.read_text().splitlines()
+    assert (before, after) == ("before", "after")
+    assert header.startswith("| example | training | data | metric | n | value |")
+    assert [line.split(" | ")[1:3] for line in lines] == [
+        ["from scratch", "2,000 bytes"],
+        ["fine-tuned", "2,000 bytes"],
+        ["from scratch", "2,000 ratings per user"],
+        ["fine-tuned", "2,000 ratings per user"],
+    ]
+    assert lines[0].startswith("| `austen`: Tiny Shakespeare to Austen's novels | ")
+    assert lines[1].endswith(
+        " | nats per character | 9,000 | 2.0000 (1.5000 to 2.5000) | "
+        "-1.0000 (-1.5000 to -0.5000) | pays |"
+    )
+    for name, left_out in (("austen", set()), ("new-users", {"base"})):  # which is a local folder
+        kept = read_json(tmp_path / "model_cards" / "transfer" / f"{name}.json")
+        whole = read_json(tmp_path / name / "transfer.json")
+        assert kept == {key: value for key, value in whole.items() if key not in left_out}
+
+
+def test_a_readme_without_markers_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("nothing\n")
+    transfer.write("austen", [a_point("from scratch", 3.0, None)], tmp_path)
+    with pytest.raises(ConfigError, match="expected <!-- zoo:transfer -->"):
+        transfer.update_readme(tmp_path / "README.md", tmp_path)
+    assert not (tmp_path / "model_cards").exists()
+
+
+def test_the_readme_shows_what_is_kept() -> None:
+    home = shipped_folder("model_cards")
+    text = (home.parent / "README.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- zoo:transfer -->\n")[1].split("\n<!-- /zoo:transfer -->")[0]
+    kept = {path.stem: read_json(path) for path in (home / "transfer").glob("*.json")}
+    assert shown == transfer.markdown([kept[name] for name in EXAMPLES if name in kept])
+    for record in kept.values():
+        for point in record["points"]:
+            assert point["mean"]["mean"] == pytest.approx(statistics.fmean(point["values"]))
+            assert len(point["seeds"]) >= 3
 
 
 def test_every_example_has_a_recipe_of_its_base() -> None:

@@ -259,6 +259,10 @@ def _parser() -> _Parser:
     sub.add_argument("--steps", type=int, help="of every training, about")
     sub.add_argument("--out", help="folder of the runs (runs/transfer/NAME)")
     sub.add_argument("--data", help="file or folder to look for the data in first")
+    sub.add_argument(
+        "--readme", metavar="FILE", help="keep the outcome beside this README, in model_cards, and "
+        "write its table"
+    )  # fmt: skip
 
     sub = command("convert", _convert, "make a checkpoint folder of a training checkpoint")
     sub.add_argument("checkpoint", help="last.ckpt of a run folder")
@@ -831,8 +835,7 @@ def _recovery(options: argparse.Namespace) -> int:
         return OK
     rows = []
     for arm in arms:
-        summaries = [arm.summary(measure) for measure in recovery.MEASURES]
-        cells = [f"{s.mean:.4f} ({s.interval[0]:.4f} to {s.interval[1]:.4f})" for s in summaries]
+        cells = [f"{arm.summary(measure):.4f}" for measure in recovery.MEASURES]
         rows.append([arm.gate, f"{arm.tasks}", *cells])
     _table(["gate", "tasks", "error", "Jaccard", "active experts", "minutes"], rows)
     return OK
@@ -869,7 +872,17 @@ def _transfer(options: argparse.Namespace) -> int:
             out=out,
             data=options.data,
         )
-    transfer.write(options.name, points, out, options.base)
+    given = {
+        "amounts": options.amounts,
+        "seeds": options.seeds if options.seeds != [1, 2, 3] else None,
+        "steps": None if options.steps is None else [options.steps],
+    }
+    command = ["zoo", "transfer", options.name]
+    for option, values in given.items():
+        command += [] if values is None else [f"--{option}", *map(str, values)]
+    transfer.write(options.name, points, out, options.base, " ".join(command))
+    if options.readme:
+        transfer.update_readme(Path(options.readme), Path(out))
     if options.json:
         from zoo.configs import to_json
 

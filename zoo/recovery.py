@@ -11,10 +11,10 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from zoo import controls, evaluation, training
+from zoo import controls, training
 from zoo.errors import ConfigError, ZooError
+from zoo.evaluation import Summary, summarise
 from zoo.files import read_json, write_json
 from zoo.progress import track
 
@@ -22,11 +22,9 @@ __all__ = [
     "NAME",
     "Arm",
     "Difference",
-    "Summary",
     "differences",
     "draw",
     "run",
-    "summarise",
     "write",
 ]
 
@@ -35,14 +33,6 @@ MEASURES = ("error", "recovery", "active", "wall_minutes")
 """What is kept of a run: test error, Jaccard index, active experts, and time."""
 
 _OUTCOME = "outcome.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-    """Mean over seeds with a 95 % interval (percentile bootstrap over seeds)."""
-
-    mean: float
-    interval: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,15 +48,6 @@ class Arm:
     def summary(self, measure: str) -> Summary:
         """Mean and interval of one of `MEASURES`."""
         return summarise(self.values[measure])
-
-
-def summarise(values: Sequence[float]) -> Summary:
-    """Mean of values, one per seed, with an interval."""
-    import torch
-
-    sums = torch.tensor(values, dtype=torch.float64)
-    interval = evaluation.bootstrap_interval(sums, torch.ones(len(values), dtype=torch.int64))
-    return Summary(mean=float(sums.mean()), interval=interval)
 
 
 def run(
@@ -216,10 +197,7 @@ def draw(arms: Sequence[Arm], path: str | os.PathLike[str]) -> Path:
             own = sorted((arm for arm in arms if arm.gate == gate), key=lambda arm: arm.tasks)
             summaries = [arm.summary(measure) for arm in own]
             means = [summary.mean for summary in summaries]
-            spread: Any = [
-                [max(s.mean - s.interval[0], 0.0) for s in summaries],
-                [max(s.interval[1] - s.mean, 0.0) for s in summaries],
-            ]
+            spread = [0.0 if s.interval is None else s.interval[1] - s.mean for s in summaries]
             axes.errorbar([arm.tasks for arm in own], means, spread, marker="o", label=gate)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="tasks", ylabel=label)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,20 +20,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from zoo import cards, checkpoints, evaluation, files, finetuning, hub, training
+from zoo import _card_tables, cards, checkpoints, evaluation, files, finetuning, hub, training
+from zoo.configs import build
 from zoo.data.images import ImageDataModule, ImageSplit
 from zoo.data.ratings import Ratings, RatingsDataModule, read_ratings_csv
 from zoo.data.sources import data_dirs
 from zoo.errors import ConfigError, DataError, UnknownNameError, nearest
-from zoo.evaluation import Outcome
+from zoo.evaluation import Outcome, Summary, summarise
 from zoo.files import read_json, write_json
 from zoo.progress import track
-from zoo.recovery import Summary, summarise
+from zoo.provenance import versions
 
-__all__ = ["EXAMPLES", "Example", "Point", "rows", "run", "write"]
+__all__ = ["EXAMPLES", "Example", "Point", "markdown", "rows", "run", "update_readme", "write"]
 
 SCRATCH, PRETRAINED = "from scratch", "fine-tuned"
-_OUTCOME = "outcome.json"
+_AMONG_NEW = "fine-tuned, asked among the new alone"
+_OUTCOME, _RECORD = "outcome.json", "transfer.json"
 _TEST_IMAGES = 2000
 _TEST_BYTES = 100_000
 
@@ -67,6 +70,8 @@ class Point:
         """Whether pretraining paid, where all of the interval of the gain says so."""
         if self.gain is None:
             return "-"
+        if self.gain.interval is None:
+            return "cannot tell"
         low, high = self.gain.interval
         if self.metric in _SMALLER_IS_BETTER:
             low, high = -high, -low
@@ -285,7 +290,7 @@ EXAMPLES: dict[str, Example] = {
         amounts=(5, 20, 100),
         steps=0,
         lr=0.0,
-        ways={PRETRAINED: {}},
+        ways={PRETRAINED: {}, _AMONG_NEW: {}},
         write=_few("fashion-mnist"),
     ),
 }
@@ -481,27 +486,33 @@ def _learn_classes(where: Path, path: Path, base: str | os.PathLike[str]) -> Non
         for rows in torch.split(order, 60):
             module.learn(data.train_images[rows], data.train_labels[rows] + first)
         names = module.preprocessing.classes[first:] if first else module.preprocessing.classes
-        predicted = [p.label for p in module.predict(data.test_images, top_k=1)]
-        right = [
-            label == names[true]
-            for label, true in zip(predicted, data.test_labels.tolist(), strict=True)
-        ]
-        interval = evaluation.wilson_interval(sum(right), len(right))
-        (where / arm).mkdir(parents=True, exist_ok=True)
-        outcome = Outcome(
-            protocol="new classes among all that are known",
-            metric="accuracy",
-            unit="image",
-            value=sum(right) / len(right),
-            n=len(right),
-            interval=interval,
-            interval_method="Wilson",
-            split="test",
-        )
-        _keep(where / arm, outcome, base)
+        truth = [names[label] for label in data.test_labels.tolist()]
+        known_now = len(module.preprocessing.classes)
+        ranked = [p.classes for p in module.predict(data.test_images, top_k=known_now)]
+        _keep(where / arm, _accuracy([classes[0] for classes in ranked], truth, "all"), base)
+        if first:
+            # One of twenty is harder to tell than one of ten, which is what the other learned.
+            new = set(names)
+            labels = [next(name for name in classes if name in new) for classes in ranked]
+            _keep(where / _AMONG_NEW, _accuracy(labels, truth, "the new"), base)
+
+
+def _accuracy(labels: Sequence[str], truth: Sequence[str], among: str) -> Outcome:
+    right = sum(label == true for label, true in zip(labels, truth, strict=True))
+    return Outcome(
+        protocol=f"new classes among {among}",
+        metric="accuracy",
+        unit="image",
+        value=right / len(truth),
+        n=len(truth),
+        interval=evaluation.wilson_interval(right, len(truth)),
+        interval_method="Wilson",
+        split="test",
+    )
 
 
 def _keep(folder: Path, outcome: Outcome, base: str | os.PathLike[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(outcome)
     kept = ("metric", "value", "n", "interval", "interval_method", "protocol")
     stored = {key: values[key] for key in kept}
@@ -551,17 +562,12 @@ def rows(points: Sequence[Point]) -> list[list[str]]:
             f"{point.amount:,}",
             point.metric.replace("_", " "),
             f"{point.n:,}",
-            _with_interval(point.mean),
-            "-" if point.gain is None else _with_interval(point.gain, "+"),
+            f"{point.mean:.4f}",
+            "-" if point.gain is None else f"{point.gain:+.4f}",
             point.verdict,
         ]
         for point in points
     ]
-
-
-def _with_interval(summary: Summary, sign: str = "") -> str:
-    low, high = summary.interval
-    return f"{summary.mean:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
 
 
 def write(
@@ -569,6 +575,7 @@ def write(
     points: Sequence[Point],
     folder: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
+    command: str | None = None,
 ) -> None:
     """Keep everything as `transfer.json`, and the table as `transfer.md`.
 
@@ -577,20 +584,62 @@ def write(
         points: what `run` returned.
         folder: of the runs.
         base: as of `run`.
+        command: that made them; None: the one without options.
     """
     folder, example = Path(folder), EXAMPLES[name]
     write_json(
-        folder / "transfer.json",
+        folder / _RECORD,
         {
             "example": name,
             "base": os.fspath(_start(name, base, folder)),
             "unit": example.unit,
+            "command": command or f"zoo transfer {name}",
+            "date": datetime.date.today().isoformat(),
+            "versions": versions(),
             "points": [dataclasses.asdict(point) | {"verdict": point.verdict} for point in points],
         },
     )
-    lines = [list(HEADER), ["---"] * len(HEADER), *rows(points)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = _markdown([HEADER, *rows(points)])
     text = (
         f"# {example.title[0].upper()}{example.title[1:]}\n\nData in {example.unit}.\n\n{table}\n"
     )
     files.write_bytes(folder / "transfer.md", text.encode())
+
+
+def update_readme(readme: Path, folder: Path) -> None:
+    """Keep what `write` wrote, and write the table of all that was kept, between `zoo:transfer`.
+
+    Args:
+        readme: the outcomes are kept beside it, in `model_cards/transfer`.
+        folder: of the runs.
+
+    Raises:
+        ConfigError: the README lacks the markers; nothing is kept then.
+    """
+    home = readme.parent / "model_cards" / "transfer"
+    new = read_json(folder / _RECORD)
+    if new["base"] != EXAMPLES[new["example"]].base:
+        del new["base"]  # a folder of this machine
+    kept = {path.stem: read_json(path) for path in home.glob("*.json")} | {new["example"]: new}
+    _card_tables.fill_file(readme, "transfer", markdown([kept[n] for n in EXAMPLES if n in kept]))
+    home.mkdir(parents=True, exist_ok=True)
+    write_json(home / f"{new['example']}.json", new)
+
+
+def markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """One table of several outcomes, each as `write` keeps it."""
+    lines: list[Sequence[str]] = [["example", *HEADER]]
+    for record in records:
+        title = f"`{record['example']}`: {EXAMPLES[record['example']].title}"
+        for stored in record["points"]:
+            values = {key: value for key, value in stored.items() if key != "verdict"}
+            (row,) = rows([build(Point, values, record["example"])])
+            row[1] += f" {record['unit']}"
+            lines.append([title, *row])
+            title = ""
+    return _markdown(lines)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
