@@ -168,8 +168,7 @@ def test_discrete_gradients_are_those_of_finite_differences(method: Any, gradien
 
     inputs = (initial(2).requires_grad_(), field.a)
     assert torch.autograd.gradcheck(outcome, inputs)
-    if gradient == "discrete":
-        assert torch.autograd.gradgradcheck(outcome, inputs)
+    assert torch.autograd.gradgradcheck(outcome, inputs)
 
 
 @pytest.mark.parametrize("method", FIXED_METHODS)
@@ -205,6 +204,31 @@ def test_gradients_of_torchdiffeqs_solvers_agree_with_ours(method: Any, gradient
     )
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["midpoint", "low_storage_rk3", "rk4"])
+def test_the_adjoint_runs_the_field_in_the_precision_of_the_forward_pass(method: Any) -> None:
+    """Under autocast the state is in bfloat16 and the weights are not."""
+    torch.manual_seed(0)
+    before = nn.Linear(3, 3)
+    inner = nn.Linear(3, 3)
+    found = {}
+    for gradient in ("discrete", "adjoint"):
+        config = SolverConfig(method=method, steps=4, gradient=gradient)  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16):
+            y0 = before(initial().float())
+            last = solve(
+                lambda t, y: torch.tanh(inner(y)), y0, (0.0, 1.0), config, [*inner.parameters()]
+            ).last
+        assert y0.dtype == torch.bfloat16
+        loss = last.float().square().sum()
+        grads = torch.autograd.grad(loss, [before.weight, inner.weight])
+        found[gradient] = torch.cat([g.flatten() for g in grads])
+    assert found["adjoint"].dtype == torch.float32
+    assert torch.isfinite(found["adjoint"]).all()
+    # Numbers of 8 binary digits, and each step is rounded to them.
+    scale = float(found["discrete"].abs().max())
+    torch.testing.assert_close(found["adjoint"], found["discrete"], rtol=0, atol=0.05 * scale)
 
 
 def test_the_adjoint_leaves_frozen_and_unused_parameters_without_gradient() -> None:
@@ -385,6 +409,12 @@ def test_fixed_steps_are_one_graph_export_and_transform(method: Any) -> None:
         ({"gradient": "exact"}, "gradient must be one of 'discrete', 'checkpoint', 'adjoint'"),
         ({"error_control": "no"}, "error_control must be one of 'batch'.*got 'no'"),
         ({"max_nfe": 0}, "max_nfe must be at least 1"),
+        ({"tolerance": "x"}, "tolerance must be a number, got 'x'"),
+        ({"tolerance": None}, "tolerance must be a number, got None"),
+        ({"tolerance": True}, "tolerance must be a number, got True"),
+        ({"max_nfe": "x"}, "max_nfe must be an integer, got 'x'"),
+        ({"max_nfe": 2.5}, "max_nfe must be an integer, got 2.5"),
+        ({"max_nfe": True}, "max_nfe must be an integer, got True"),
         ({"method": "dopri5", "gradient": "checkpoint"}, "needs a solver of fixed steps"),
     ],
 )
@@ -429,6 +459,72 @@ def test_a_state_that_explodes_names_sample_and_time(method: Any) -> None:
         assert 0.5 <= when < 1.0
     else:
         assert "time 0." in text, "the last time reached"
+        assert "the step size underflows" in text
+
+
+def decay_until(end: float) -> Any:
+    """A field, y' = -y, whose value for a sample that starts above 10 is NaN after a time."""
+
+    def field(t: float, y: Tensor) -> Tensor:
+        return torch.where((y[:, :1] > 5) & (t > end), math.nan, -y)
+
+    return field
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+@pytest.mark.parametrize("control", ["batch", "worst_sample"])
+@pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0)])
+def test_a_field_that_is_not_finite_is_no_stiffness(method: Any, control: Any, times: Any) -> None:
+    y0 = torch.ones(4, 2, dtype=torch.float64)
+    y0[2] = 20.0
+    field = decay_until(0.5)
+    if times[0] > times[1]:  # the same, mirrored
+        inner, field = field, lambda t, y: -inner(1.0 - t, y)
+    config = SolverConfig(method=method, error_control=control)
+    message = rf"^{method}: the state of sample 2 is not finite after time 0\.\d+"
+    with pytest.raises(SolverError, match=message) as caught:
+        solve(field, y0, times, config)
+    # A stage that looks beyond the end is not named; any other lies in the broken half.
+    stage = str(caught.value).partition("(at ")[2].rstrip(").")
+    if stage:
+        assert 0.0 <= abs(float(stage) - times[0]) <= 1.0
+        assert abs(float(stage) - times[0]) > 0.5
+
+
+def test_a_stage_beyond_the_end_is_not_named() -> None:
+    """A field of no size makes dopri5 try steps ten times as long, far beyond the end."""
+
+    def field(t: float, y: Tensor) -> Tensor:
+        return torch.full_like(y, math.nan if t > 1.0 else 1e-9)
+
+    with pytest.raises(SolverError, match=r"sample 0 is not finite after time 0(\.\d+)?\.$"):
+        solve(field, initial(), (0.0, 1.0), SolverConfig(method="dopri5"))
+
+
+@pytest.mark.parametrize("method", [*ADAPTIVE_METHODS, "implicit_adams"])
+def test_a_sample_that_is_solved_alone_has_one_number(method: Any) -> None:
+    y0 = torch.ones(4, 2, dtype=torch.float64)
+    y0[2] = 20.0
+    config = SolverConfig(method=method, steps=20, error_control="each_sample")
+    with pytest.raises(SolverError, match=r"^Sample 2: .*[Tt]he state is not finite") as caught:
+        solve(decay_until(0.5), y0, (0.0, 1.0), config)
+    assert "sample 0" not in str(caught.value)
+
+
+def test_implicit_adams_names_the_time_of_the_first_broken_stage() -> None:
+    y0 = torch.ones(4, 2, dtype=torch.float64)
+    y0[2] = 20.0
+    config = SolverConfig(method="implicit_adams", steps=20)
+    with pytest.raises(SolverError, match="state of sample 2 is not finite at time") as caught:
+        solve(decay_until(0.5), y0, (0.0, 1.0), config)
+    assert 0.5 < float(str(caught.value).split("at time ")[1].split(" ")[0]) <= 0.6
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_fixed_steps_run_on_the_meta_device(method: Any) -> None:
+    y0 = torch.empty(4, 3, device="meta")
+    last = solve(lambda t, y: -y, y0, (0.0, 1.0), SolverConfig(method=method)).last
+    assert (last.device.type, last.shape) == ("meta", y0.shape)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,18 +14,21 @@ A field is a function of `(t, y)` with `t` a plain number and `y` of shape B x S
 dy/dt, B x S. Times are plain numbers, so that a fixed grid is a constant of the compiled graph;
 there is no gradient with respect to them.
 
-The fixed-step path is a plain loop without data-dependent branches: it compiles as one graph,
-exports, and goes through `torch.func` and double backward.
+The fixed-step path is a plain loop without data-dependent branches: it compiles as one graph and
+exports. With the gradient "discrete" it also goes through `torch.func` and double backward; with
+"checkpoint" through double backward alone, and with "adjoint" through neither.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +46,8 @@ __all__ = [
     "SolverConfig",
     "Statistics",
     "Tableau",
+    "check_choice",
+    "check_choices",
     "runge_kutta_step",
     "solve",
     "step_grid",
@@ -72,13 +77,41 @@ backwards in time as far after their start: a field that is piecewise constant i
 with its first moment and without its last, is then seen from inside the step."""
 
 
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Check that a value is one of a `Literal`.
+
+    Args:
+        name: what it is, for messages.
+        value: what was given.
+        choices: the `Literal`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value not in get_args(choices):
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}"
+        )
+
+
+def check_choices(config: Any) -> None:
+    """Check all fields of a configuration, a dataclass, whose type is a `Literal`.
+
+    Raises:
+        ValueError: the value of one is none of its choices.
+    """
+    for name, annotation in get_type_hints(type(config)).items():
+        if get_origin(annotation) is Literal:
+            check_choice(name, getattr(config, name), annotation)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolverConfig:
     """How to integrate: all of it can be changed on a trained network.
 
     Raises:
-        ValueError: the solver is unknown, a value is out of range, or two choices do not go
-            together.
+        ValueError: the solver is unknown, a value is of another type or out of range, or two
+            choices do not go together.
     """
 
     method: MethodName = "rk4"
@@ -91,7 +124,8 @@ class SolverConfig:
     gradient: GradientMode = "discrete"
     """"discrete": through the steps, exact. "checkpoint": likewise, but only the state at each
     step is stored, and stages are computed again. "adjoint": an ODE solved back in time (arXiv:
-    1806.07366, appendix B), which stores the requested states only and is not exact."""
+    1806.07366, appendix B), which stores the requested states only and is not exact. Through an
+    adjoint, ours and torchdiffeq's, there is no gradient of gradients."""
     error_control: ErrorControl = "batch"
     """Adaptive solvers: the error is averaged over the batch; is that of its worst sample (steps
     are shared); or each sample is solved alone, which alone makes its result independent of the
@@ -105,16 +139,16 @@ class SolverConfig:
                 f"no solver {self.method!r}.{nearest(str(self.method), METHODS)} "
                 f"There are: {', '.join(METHODS)}"
             )
-        for field, choices in (("gradient", GradientMode), ("error_control", ErrorControl)):
-            if getattr(self, field) not in get_args(choices):
-                raise ValueError(
-                    f"{field} must be one of {', '.join(map(repr, get_args(choices)))}, "
-                    f"got {getattr(self, field)!r}"
-                )
+        check_choices(self)
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"steps must be an integer of at least 1, got {self.steps!r}")
+        tolerance: Any = self.tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, Real):
+            raise ValueError(f"tolerance must be a number, got {tolerance!r}")
         if not (self.tolerance > 0 and math.isfinite(self.tolerance)):
             raise ValueError(f"tolerance must be positive, got {self.tolerance!r}")
+        if type(self.max_nfe) is not int:
+            raise ValueError(f"max_nfe must be an integer, got {self.max_nfe!r}")
         if self.max_nfe < 1:
             raise ValueError(f"max_nfe must be at least 1, got {self.max_nfe!r}")
         if self.gradient == "checkpoint" and self.method not in FIXED_METHODS:
@@ -338,7 +372,12 @@ def _learned(field: Field, parameters: Sequence[Tensor] | None) -> tuple[Tensor,
 
 
 def _all_finite(state: Tensor) -> bool:
-    """Whether all components are; most often their sum, at a quarter of the time, tells that."""
+    """Whether all components are; most often their sum, at a quarter of the time, tells that.
+
+    On the meta device there are none to look at.
+    """
+    if state.is_meta:
+        return True
     return math.isfinite(state.sum().item()) or bool(torch.isfinite(state).all())
 
 
@@ -424,6 +463,18 @@ def _checkpointed_step(
     return result
 
 
+def _autocast_state(device: str) -> dict[str, Any] | None:
+    """What `torch.autocast` is to be given for the state that a device is in; None where it has no
+    such thing."""
+    if not torch.amp.is_autocast_available(device):
+        return None
+    return {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }
+
+
 class _Adjoint(torch.autograd.Function):
     """Fixed steps forward, and the adjoint equations by the same method backward.
 
@@ -445,6 +496,7 @@ class _Adjoint(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.field, ctx.times, ctx.steps, ctx.tableau = field, times, steps, tableau
         ctx.statistics, ctx.parameters = statistics, parameters
+        ctx.autocast = _autocast_state(initial.device.type)
         states, y = [], initial
         for start, end in itertools.pairwise(times):
             for t, h in step_grid(start, end, steps):
@@ -467,15 +519,17 @@ class _Adjoint(torch.autograd.Function):
             weight = next(weights)
             with torch.enable_grad():
                 y = pair[0].detach().requires_grad_()
-                slope = ctx.field(t, y)
+                # The field of the forward pass: there it may have run in lower precision.
+                with torch.autocast(**ctx.autocast) if ctx.autocast else contextlib.nullcontext():
+                    slope = ctx.field(t, y)
                 products = torch.autograd.grad(
-                    slope, (y, *ctx.parameters), -pair[1], allow_unused=True
+                    slope, (y, *ctx.parameters), -pair[1].to(slope.dtype), allow_unused=True
                 )
             for total, product in zip(totals, products[1:], strict=True):
                 if product is not None and weight:
                     total.add_(product, alpha=weight)
             pull = torch.zeros_like(y) if products[0] is None else products[0]
-            return torch.stack((slope.detach(), pull))
+            return torch.stack((slope.detach().to(y.dtype), pull))
 
         for index in reversed(range(len(states))):
             adjoint = adjoint + gradients[index]
@@ -493,11 +547,19 @@ class _Adjoint(torch.autograd.Function):
 class _Watched(nn.Module):
     """A field that counts its evaluations, stops at a cap, and remembers how far it came."""
 
-    def __init__(self, field: Field, start: float, solver: SolverConfig, statistics: Statistics):
+    def __init__(
+        self,
+        field: Field,
+        times: tuple[float, ...],
+        solver: SolverConfig,
+        statistics: Statistics,
+    ):
         super().__init__()
         # In a tuple, so that its parameters are not found here: torchdiffeq gets them from us.
         self._field, self._solver, self.statistics = (field,), solver, statistics
-        self.is_backward, self.last_time = False, start
+        self.is_backward, self.last_time = False, times[0]
+        self.span = min(times), max(times)
+        # The sample whose slope is not finite, and when; of steps that are chosen, in the last one.
         self.broken: tuple[int, float] | None = None
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
@@ -522,8 +584,6 @@ class _Watched(nn.Module):
 
     def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
         self.last_time = float(t)
-        if torch.isfinite(dt):  # else a broken sample has spoilt the step of all
-            self.broken = None
 
     def callback_step_adjoint(self, t: Tensor, y: tuple[Tensor, ...], dt: Tensor) -> None:
         self.callback_step(t, y[0], dt)
@@ -538,6 +598,13 @@ class _Watched(nn.Module):
 
 class _WatchedSteps(_Watched):
     """The same for solvers that choose their steps."""
+
+    def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
+        super().callback_step(t, y, dt)
+        # A broken sample spoils the step of all, of which torchdiffeq makes one of no length. With
+        # any other step a slope that was not finite is that of a trial which was given up.
+        if torch.isfinite(dt) and bool(t + dt != t):
+            self.broken = None
 
     def callback_accept_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
         self.statistics.accepted += 1
@@ -573,10 +640,10 @@ def _solve_adaptive(
 
     if statistics is None:
         statistics = Statistics(batch_dependent=solver.is_batch_dependent)
-    watched = _Watched(field, times[0], solver, statistics)
+    watched = _Watched(field, times, solver, statistics)
     options: dict[str, Any] = {}
     if solver.method in ADAPTIVE_METHODS:
-        watched = _WatchedSteps(field, times[0], solver, statistics)
+        watched = _WatchedSteps(field, times, solver, statistics)
         worst = solver.error_control == "worst_sample"
         options["norm"] = _worst_sample if worst else _mean_sample
     else:
@@ -598,6 +665,8 @@ def _solve_adaptive(
             states = torchdiffeq.odeint(watched, initial, moments, **arguments)
     except AssertionError as error:
         raise _underflow(watched, solver, error) from None
+    if watched.broken is not None and _is_eager() and not _all_finite(states[-1].detach()):
+        raise _non_finite(*watched.broken, solver, statistics)
     watched.is_backward = True
     return Solution((initial, *states.unbind()[1:]), statistics)
 
@@ -612,9 +681,10 @@ def _underflow(watched: _Watched, solver: SolverConfig, error: AssertionError | 
     where = f"after time {watched.last_time:.6g}"
     if watched.broken is not None:
         sample, time = watched.broken
-        return SolverError(
-            f"{solver.method}: the state of sample {sample} is not finite {where} (at {time:.6g})."
-        )
+        # A stage of a trial may look far beyond the end, which says nothing.
+        at = f" (at {time:.6g})" if watched.span[0] <= time <= watched.span[1] else ""
+        whose = _of(sample, watched.statistics)
+        return SolverError(f"{solver.method}: the state{whose} is not finite {where}{at}.")
     return SolverError(
         f"{solver.method}: the step size underflows {where} ({error}); the problem is stiff there, "
         f"loosen the tolerance {solver.tolerance:g} or take another solver."
@@ -678,7 +748,19 @@ def _report_non_finite(
             if (first := _non_finite_sample(y)) is not None:
                 bad, when = first, t + h
                 break
-    raise SolverError(
-        f"The state of sample {bad} is not finite at time {when:.6g} ({solver.method}, "
-        f"{solution.statistics.nfe} evaluations); take more steps or a smaller learning rate."
+    raise _non_finite(bad, when, solver, solution.statistics)
+
+
+def _non_finite(
+    sample: int | None, time: float, solver: SolverConfig, statistics: Statistics
+) -> SolverError:
+    return SolverError(
+        f"The state{_of(sample, statistics)} is not finite at time {time:.6g} ({solver.method}, "
+        f"{statistics.nfe} evaluations); take more steps or a smaller learning rate."
     )
+
+
+def _of(sample: int | None, statistics: Statistics) -> str:
+    """Which sample of the batch a message is about; nothing where it is solved alone, since the
+    message is then given its number, and here it is always the first."""
+    return "" if isinstance(statistics, _OfOneSample) else f" of sample {sample}"
