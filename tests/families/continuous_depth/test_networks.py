@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from zoo.errors import SolverError
 from zoo.families.continuous_depth import (
     ODE_RESNET_PRESETS,
     ODEBlock,
@@ -86,6 +87,30 @@ def test_a_time_varying_convolution_is_the_blend_of_its_nodes(groups: int) -> No
         plain.append(one(x))
     torch.testing.assert_close(conv(0.125, x), 0.75 * plain[0] + 0.25 * plain[1])
     torch.testing.assert_close(conv(1.0, x), plain[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": 4}, "kernel_size must be odd, got 4"),
+        ({"kernel_size": 0}, "kernel_size must be odd, got 0"),
+        ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"basis": "foo"}, "basis must be one of 'piecewise_constant', .*, got 'foo'"),
+    ],
+)
+def test_a_wrong_time_varying_convolution_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TimeVaryingConv2d(2, 2, **options)
+
+
+def test_a_wrong_basis_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"basis must be one of 'piecewise_constant', .* got 'foo'"
+    ):
+        basis_weights("foo", 3, 0.5)  # type: ignore[arg-type]
+    for basis in ("piecewise_constant", "piecewise_linear", "legendre"):
+        with pytest.raises(ValueError, match="nodes must be at least 1, got 0"):
+            basis_weights(basis, 0, 0.5)  # type: ignore[arg-type]
 
 
 def test_a_time_channel_is_a_concatenated_plane() -> None:
@@ -203,6 +228,27 @@ def test_the_knob_chooses_the_solver_of_all_blocks() -> None:
     assert (exact["rk4"] - exact["euler"]).abs().max() > 5e-2
 
 
+def test_the_knob_reaches_the_error_control_and_the_cap() -> None:
+    network = randomised(ODEResNet(ODEResNetConfig(body_from=0, **TINY))).double()
+    pictures = images().double()
+    assert (network.error_control, network.max_nfe) == ("batch", 10_000)
+    network.solver, network.error_control = "dopri5", "each_sample"
+    with torch.no_grad():
+        together, alone = network(pictures), network(pictures[:1])
+        torch.testing.assert_close(together[:1], alone)
+        assert all(len(b.statistics.nfe_per_sample) == 1 for b in network.ode_blocks())
+        network.max_nfe = 5
+        assert {b.solver.max_nfe for b in network.ode_blocks()} == {5}
+        with pytest.raises(SolverError, match="cap of max_nfe=5"):
+            network(pictures)
+
+
+def test_a_network_runs_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        network = ODEResNet(ODEResNetConfig(**TINY))
+        assert network(torch.empty(2, 1, 12, 12)).shape == (2, 10)
+
+
 def test_gradient_modes_agree_on_a_fine_grid() -> None:
     config = ODEResNetConfig(widths=(4, 6), groups=2, solver=SolverConfig(method="rk4", steps=16))
     network = randomised(ODEResNet(config)).double()
@@ -240,6 +286,8 @@ def test_a_network_compiles_as_one_graph(gradient: Any) -> None:
         ("steps", 0, "at least 1, got 0"),
         ("tolerance", 0.0, "must be positive, got 0.0"),
         ("gradient_mode", "exact", "gradient must be one of 'discrete', .* got 'exact'"),
+        ("error_control", "no", "error_control must be one of 'batch', .* got 'no'"),
+        ("max_nfe", 0, "max_nfe must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_value_of_the_knob_is_refused_and_changes_nothing(
@@ -275,6 +323,11 @@ def test_images_of_another_kind_are_refused() -> None:
         ({"nodes": 0}, "nodes must be at least 1"),
         ({"hidden": -1}, "hidden must be at least 0"),
         ({"dropout": 1.0}, "dropout must be in"),
+        ({"basis": "foo"}, "basis must be one of 'piecewise_constant', .* got 'foo'"),
+        ({"body": "foo"}, "body must be one of 'ode', 'residual', 'none', got 'foo'"),
+        ({"stem": "foo"}, "stem must be one of 'published_conv', .* got 'foo'"),
+        ({"field": "foo"}, "field must be one of 'basis', 'time_channel', got 'foo'"),
+        ({"transition": "foo"}, "transition must be one of 'conv', 'residual', got 'foo'"),
     ],
 )
 def test_a_wrong_shape_is_refused(options: dict[str, Any], message: str) -> None:

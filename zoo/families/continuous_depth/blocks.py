@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,15 @@ from zoo.families.continuous_depth.solvers import (
     Solution,
     SolverConfig,
     Statistics,
+    check_choice,
     solve,
 )
 
 __all__ = ["BasisName", "ODEBlock", "SolverKnob", "TimeVaryingConv2d", "basis_weights"]
 
 BasisName = Literal["piecewise_constant", "piecewise_linear", "legendre"]
+
+_BASES: tuple[str, ...] = get_args(BasisName)
 
 _ROUNDING = 1e-12
 """Relative room for rounding where a time stands for the boundary of an element."""
@@ -38,6 +41,8 @@ class ODEBlock(nn.Module):
         field: dy/dt of `(t, y)`; y and the result are B x S.
         solver: how to integrate; may be set to another at any time.
         interval: start and end.
+        one_interval: whether calls are over one interval, so that evaluations of fixed steps are
+            known beforehand; not where `trajectory` is called with any number of times.
 
     Attributes:
         statistics: cost of the last call in eager mode; None before.
@@ -48,9 +53,12 @@ class ODEBlock(nn.Module):
         field: nn.Module,
         solver: SolverConfig = SolverConfig(),
         interval: tuple[float, float] = (0.0, 1.0),
+        *,
+        one_interval: bool = True,
     ) -> None:
         super().__init__()
         self.field, self.solver, self.interval = field, solver, interval
+        self.one_interval = one_interval
         self.statistics: Statistics | None = None
 
     def forward(self, y: Tensor) -> Tensor:
@@ -71,9 +79,9 @@ class ODEBlock(nn.Module):
 class SolverKnob:
     """For modules with ODE blocks somewhere inside: one place to choose the solver of all of them.
 
-    `module.solver = "rk4"; module.steps = 4; module.tolerance = 1e-3`; after a call in eager mode
-    `module.nfe` tells what it cost. The values apply to all blocks; reading gives those of the
-    first one.
+    `module.solver = "rk4"; module.steps = 4; module.tolerance = 1e-3`, and so `gradient_mode`,
+    `error_control` and `max_nfe`; after a call in eager mode `module.nfe` tells what it cost. The
+    values apply to all blocks; reading gives those of the first one.
 
     Raises:
         ValueError: a value that `SolverConfig` refuses, or there is no ODE block.
@@ -129,6 +137,24 @@ class SolverKnob:
         self._set(gradient=mode)
 
     @property
+    def error_control(self) -> str:
+        """What the error of adaptive solvers is of: "batch", "worst_sample" or "each_sample"."""
+        return self.ode_blocks()[0].solver.error_control
+
+    @error_control.setter
+    def error_control(self, control: Any) -> None:
+        self._set(error_control=control)
+
+    @property
+    def max_nfe(self) -> int:
+        """Largest number of evaluations in one solve; more is an error."""
+        return self.ode_blocks()[0].solver.max_nfe
+
+    @max_nfe.setter
+    def max_nfe(self, evaluations: int) -> None:
+        self._set(max_nfe=evaluations)
+
+    @property
     def nfe(self) -> int:
         """Evaluations of all fields in the last forward pass.
 
@@ -146,7 +172,9 @@ class SolverKnob:
 def _nfe(block: ODEBlock) -> int:
     if block.statistics is not None:
         return block.statistics.nfe
-    return block.solver.steps * TABLEAUS[block.solver.method].stages if block.solver.is_fixed else 0
+    if not (block.solver.is_fixed and block.one_interval):
+        return 0
+    return block.solver.steps * TABLEAUS[block.solver.method].stages
 
 
 def basis_weights(basis: BasisName, nodes: int, t: float) -> list[tuple[int, float]]:
@@ -157,9 +185,16 @@ def basis_weights(basis: BasisName, nodes: int, t: float) -> list[tuple[int, flo
     Args:
         basis: "piecewise_constant" (one function per element), "piecewise_linear" (hat functions
             on equally spaced nodes) or "legendre" (shifted Legendre polynomials).
-        nodes: number of functions.
+        nodes: number of functions, at least 1.
         t: the time.
+
+    Raises:
+        ValueError: there is no such basis, or no function.
     """
+    if basis not in _BASES:
+        check_choice("basis", basis, BasisName)
+    if nodes < 1:
+        raise ValueError(f"nodes must be at least 1, got {nodes}")
     t = min(max(t, 0.0), 1.0)
     if basis == "legendre":
         x, values = 2.0 * t - 1.0, [1.0, 2.0 * t - 1.0]
@@ -185,6 +220,9 @@ class TimeVaryingConv2d(nn.Module):
         groups: groups of channels.
         nodes: number of basis functions; 1 is an ordinary convolution.
         basis: see `basis_weights`.
+
+    Raises:
+        ValueError: the kernel's size is not odd, or there is no such basis, or no function.
     """
 
     def __init__(
@@ -198,6 +236,9 @@ class TimeVaryingConv2d(nn.Module):
         basis: BasisName = "piecewise_constant",
     ) -> None:
         super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        basis_weights(basis, nodes, 0.0)
         self.groups, self.nodes, self.basis = groups, nodes, basis
         self.padding = kernel_size // 2
         shape = (out_channels, in_channels // groups, kernel_size, kernel_size)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.families.continuous_depth.blocks import ODEBlock, SolverKnob
-from zoo.families.continuous_depth.solvers import SolverConfig
+from zoo.families.continuous_depth.solvers import SolverConfig, check_choices
 
 __all__ = ["ContinuousFlow", "CouplingFlow", "FlowConfig", "FlowField", "build_flow"]
 
@@ -32,7 +32,7 @@ class FlowConfig:
     """Shape of a normalising flow.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or none of its choices.
     """
 
     kind: Literal["continuous", "coupling"] = "continuous"
@@ -54,6 +54,7 @@ class FlowConfig:
     maximum likelihood finds it: see `DensityModel.mass`."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("conditions", "hidden", "hidden_layers", "couplings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

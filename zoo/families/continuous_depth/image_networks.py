@@ -21,7 +21,7 @@ from zoo.families.continuous_depth.blocks import (
     SolverKnob,
     TimeVaryingConv2d,
 )
-from zoo.families.continuous_depth.solvers import SolverConfig
+from zoo.families.continuous_depth.solvers import SolverConfig, check_choices
 
 __all__ = [
     "ODE_RESNET_PRESETS",
@@ -43,7 +43,7 @@ class ODEResNetConfig:
     """Shape of an image classifier whose residual blocks are ODEs.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or none of its choices.
     """
 
     num_classes: int = 10
@@ -82,6 +82,7 @@ class ODEResNetConfig:
     """How the network was trained; `network.solver`, `.steps` and `.tolerance` choose another."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for field in ("num_classes", "in_channels", "residual_blocks", "nodes", "groups"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")

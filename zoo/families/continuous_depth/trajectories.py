@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.errors import SolverError
 from zoo.families.continuous_depth.blocks import ODEBlock, SolverKnob
-from zoo.families.continuous_depth.solvers import SolverConfig
+from zoo.families.continuous_depth.solvers import SolverConfig, check_choices
 
 __all__ = ["LatentODE", "TrajectoryConfig", "TrajectoryRNN", "build_trajectory_network"]
 
@@ -37,7 +38,7 @@ class TrajectoryConfig:
     """Shape of a model of trajectories.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or none of its choices.
     """
 
     kind: Literal["latent_ode", "rnn"] = "latent_ode"
@@ -62,6 +63,7 @@ class TrajectoryConfig:
     """How the network was trained."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("dim", "latent", "hidden", "field_layers", "recurrent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -101,7 +103,9 @@ class LatentODE(SolverKnob, nn.Module):
         with torch.no_grad():  # draws as wide as the prior would at first drown what is decoded
             self.posterior.bias[config.latent :].sub_(_NARROW)
         self.flow = ODEBlock(
-            _Field(config.latent, config.hidden, config.field_layers), config.solver
+            _Field(config.latent, config.hidden, config.field_layers),
+            config.solver,
+            one_interval=False,
         )
         self.decoder = nn.Sequential(
             nn.Linear(config.latent, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.dim)
@@ -125,7 +129,7 @@ class LatentODE(SolverKnob, nn.Module):
 
     def _latent(self, z0: Tensor, times: Sequence[float]) -> Tensor:
         """Latent states at times, B x T x Z."""
-        grid, wanted = refined_times(times, self.config.spacing)
+        grid, wanted = refined_times(times, self.config.spacing, self.flow.solver.max_nfe)
         if len(grid) == 1:
             return z0[:, None]
         states = self.flow.trajectory(z0, grid).states
@@ -153,6 +157,11 @@ class LatentODE(SolverKnob, nn.Module):
         Args:
             times, values: observations, see `encode`.
             at: increasing times of at least 0; None: `HORIZON` times after the batch's last.
+
+        Raises:
+            ValueError: the times are none, negative, not finite or not increasing.
+            SolverError: they are so late that there are more intervals of `spacing` to integrate
+                over than the solver's `max_nfe`; or see `solve`.
         """
         return self.forward_head(self.forward_features(times, values, at))
 
@@ -285,15 +294,31 @@ def _increasing(times: Sequence[float]) -> list[float]:
     return checked
 
 
-def refined_times(times: Sequence[float], spacing: float) -> tuple[list[float], list[int]]:
+def refined_times(
+    times: Sequence[float], spacing: float, max_intervals: float = math.inf
+) -> tuple[list[float], list[int]]:
     """Times from 0 on that include `times` and have no gap above `spacing`; where each of them is.
+
+    Args:
+        times: increasing, at least 0.
+        spacing: the largest gap.
+        max_intervals: the largest number of gaps.
 
     Raises:
         ValueError: there are none, or they are negative, not finite or not increasing.
+        SolverError: there would be more gaps than `max_intervals`.
     """
     grid, wanted = [0.0], list[int]()
     for t in _increasing(times):
-        start, pieces = grid[-1], max(1, -int(-(t - grid[-1]) * (1 - 1e-9) // spacing))
+        start = grid[-1]
+        # Before the list is made, which may be larger than memory.
+        needed = (t - start) * (1 - 1e-9) / spacing
+        if t > start and len(grid) - 1 + max(1.0, needed) > max_intervals:
+            raise SolverError(
+                f"Up to time {t:g} in steps of at most {spacing:g} are more than "
+                f"max_nfe={max_intervals:g} intervals."
+            )
+        pieces = max(1, -int(-(t - start) * (1 - 1e-9) // spacing))
         if t > start:
             grid.extend(start + (t - start) * k / pieces for k in range(1, pieces))
             grid.append(t)
