@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from zoo.errors import SolverError
 from zoo.families.continuous_depth import SolverConfig
 from zoo.families.continuous_depth.flows import (
     ContinuousFlow,
@@ -128,7 +129,12 @@ def test_a_fresh_flow_is_the_standard_normal(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"dim": 1}, "dim must be at least 2"), ({"hidden": 0}, "hidden must be at least 1")],
+    [
+        ({"dim": 1}, "dim must be at least 2"),
+        ({"hidden": 0}, "hidden must be at least 1"),
+        ({"kind": "foo"}, "kind must be one of 'continuous', 'coupling', got 'foo'"),
+        ({"trace": "foo"}, "trace must be one of 'exact', 'hutchinson', got 'foo'"),
+    ],
 )
 def test_a_wrong_flow_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -158,6 +164,27 @@ def test_times_that_go_back_are_refused() -> None:
     for times in ([1.0, 0.5], [1.0, 1.0], [-0.1], [0.5, math.nan], [math.inf]):
         with pytest.raises(ValueError, match="increasing from 0 on"):
             refined_times(times, 0.1)
+
+
+def test_a_grid_of_more_intervals_than_evaluations_is_refused_before_it_is_made() -> None:
+    assert len(refined_times([0.4, 1.0], 0.1, 10)[0]) == 11
+    with pytest.raises(SolverError, match=r"Up to time 1 in steps of at most 0\.1 .* max_nfe=9"):
+        refined_times([0.4, 1.0], 0.1, 9)
+    with pytest.raises(SolverError, match="more than max_nfe=2 intervals"):
+        refined_times([0.1, 0.2, 0.3], 0.5, 2)
+    network = LatentODE(TrajectoryConfig())
+    for late in (1e300, 1e6):
+        with pytest.raises(SolverError, match="more than max_nfe=10000 intervals"):
+            network.decode(torch.zeros(1, 4), [0.5, late])
+
+
+def test_evaluations_of_a_latent_ode_are_not_known_before_a_call() -> None:
+    network = LatentODE(TrajectoryConfig(spacing=0.1))
+    assert network.nfe == 0
+    network.decode(torch.zeros(1, 4), [0.5])
+    assert network.nfe == 2 * 5
+    network.steps = 2
+    assert network.nfe == 0
 
 
 @pytest.mark.parametrize("kind", ["latent_ode", "rnn"])
@@ -275,6 +302,7 @@ def test_every_parameter_of_a_trajectory_model_learns(kind: Any) -> None:
         ({"noise": 0.0}, "noise must be positive"),
         ({"scale": -1.0}, "scale must be positive"),
         ({"latent": 0}, "latent must be at least 1"),
+        ({"kind": "lstm"}, "kind must be one of 'latent_ode', 'rnn', got 'lstm'"),
     ],
 )
 def test_a_wrong_trajectory_model_is_refused(options: dict[str, Any], message: str) -> None:
@@ -332,6 +360,25 @@ def test_a_repeated_network_is_its_own_loop_and_can_be_composed_further() -> Non
         assert torch.equal(network(x), network.last(h))
     network(x).sum().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize("offset", [-1030.0, -5e6, 5e6])
+def test_the_approximant_holds_for_functions_of_any_size(offset: float) -> None:
+    network = lipschitz_approximant(lambda v: offset + math.sin(5 * v) / 5, 8)
+    x = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        error = network(x) - (offset + torch.sin(5 * x) / 5)
+    assert float(error.abs().max()) <= 2.0 / 8 + 1e-8
+
+
+def test_what_no_approximant_can_be_made_of() -> None:
+    with pytest.raises(ValueError, match=r"compositions must be an integer, got 2\.0"):
+        lipschitz_approximant(lambda x: x, 2.0)  # type: ignore[arg-type]
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"must be finite on \[0, 1\], but is not at 0\.5"):
+            lipschitz_approximant(lambda x, v=value: v if x == 0.5 else 0.0, 2)  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"compositions must be an integer, got 2\.0"):
+        RepeatedComposition(1, 1, width=1, hidden=1, compositions=2.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("compositions", [0, MAX_EXACT_COMPOSITIONS + 1])

@@ -31,7 +31,7 @@ class RepeatedComposition(nn.Module):
         compositions: r; may be set to another number at any time.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is no integer, or not positive.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class RepeatedComposition(nn.Module):
             ("hidden", hidden),
             ("compositions", compositions),
         ):
+            if type(value) is not int:
+                raise ValueError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.compositions = compositions
@@ -80,8 +82,8 @@ def lipschitz_approximant(
     Our own construction for one dimension. With r cells, f is rounded down to multiples of 1/r at
     the nodes, so that it goes up, down or stays from node to node; all these choices are the base-4
     digits of one number s. The state is (u, s, y): where x lies relative to the cell, the digits
-    not yet read, and what has been added up. Each composition reads a digit, adds the rise or fall
-    over the cell as far as x reaches into it, and moves on:
+    not yet read, and what has been added up; f at 0 is the bias of the last layer. Each composition
+    reads a digit, adds the rise or fall over the cell as far as x reaches into it, and moves on:
 
         v = clamp(u, 0, 1),  d = floor(4 s),
         u <- u - 1,  s <- 4 s - d,  y <- y + (d - 1) v / r.
@@ -97,16 +99,23 @@ def lipschitz_approximant(
         A float64 network from 1 to 1 features.
 
     Raises:
-        ValueError: `compositions` is out of range, or the function is not 1-Lipschitz at the nodes.
+        ValueError: `compositions` is no integer or out of range, or the function is not finite, or
+            not 1-Lipschitz, at the nodes.
     """
     r = compositions
+    if type(r) is not int:
+        raise ValueError(f"compositions must be an integer, got {r!r}")
     if not 1 <= r <= MAX_EXACT_COMPOSITIONS:
         raise ValueError(
             f"compositions must be from 1 to {MAX_EXACT_COMPOSITIONS}, got {r}: a float64 holds no "
             f"more digits exactly"
         )
     # A value that is a multiple of 1/r but for rounding counts as that multiple.
-    levels = [math.floor(r * function(k / r) + 1e-9) for k in range(r + 1)]
+    values = [function(k / r) for k in range(r + 1)]
+    if not all(map(math.isfinite, values)):
+        where = next(k / r for k, value in enumerate(values) if not math.isfinite(value))
+        raise ValueError(f"the function must be finite on [0, 1], but is not at {where:g}")
+    levels = [math.floor(r * value + 1e-9) for value in values]
     rises = [after - before for before, after in itertools.pairwise(levels)]
     if max(map(abs, rises)) > 1:
         raise ValueError("the function rises or falls by more than its argument: not 1-Lipschitz")
@@ -116,8 +125,9 @@ def lipschitz_approximant(
     for parameter in net.parameters():
         parameter.zero_()
     net.first.weight[0, 0] = r
-    net.first.bias.copy_(torch.tensor([0.0, code, levels[0] / r], dtype=torch.float64))
-    net.last.weight[0, 2] = 1.0
+    net.first.bias[1] = code
+    # What is added up starts at 0 and stays within 1 of it, however large the function is.
+    net.last.weight[0, 2], net.last.bias[0] = 1.0, levels[0] / r
 
     one, two, three = (net.repeated[i] for i in (0, 2, 4))
     assert isinstance(one, nn.Linear)
@@ -153,7 +163,7 @@ def lipschitz_approximant(
 
 
 _FLOOR = 2.0**10
-"""Added to what has been summed up, so that it passes through ReLUs; |f| must be below."""
+"""Added to what has been summed up, at most 1 in size, so that it passes through ReLUs."""
 
 
 def _scaled(terms: dict[int, float], factor: float) -> dict[int, float]:
