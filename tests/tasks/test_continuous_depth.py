@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from zoo import _card_tables, cards, checkpoints, training
 from zoo.data.densities import DENSITIES, DensityDataModule
 from zoo.data.images import ImageBatch, ImagePreprocessing
 from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule
-from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError
+from zoo.errors import ConfigError, DataError, SolverError, UnknownNameError, ZooError
 from zoo.families.continuous_depth import ODEResNetConfig, SolverConfig
 from zoo.families.continuous_depth.flows import FlowConfig
 from zoo.families.continuous_depth.trajectories import HORIZON, TrajectoryConfig
+from zoo.figures import read_metrics
 from zoo.tasks.continuous_depth import ODEResNetClassifier
 from zoo.tasks.density import DensityModel
 from zoo.tasks.trajectories import TrajectoryModel
@@ -78,8 +80,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> training.Run:
 
 
 def test_training_logs_evaluations_forward_and_backward(run: training.Run) -> None:
-    from zoo.figures import read_metrics
-
     metrics = read_metrics(run.folder)
     assert min(v for _, v in metrics["nfe"]) >= 8
     assert min(v for _, v in metrics["nfe_backward"]) >= 8
@@ -114,6 +114,9 @@ def test_the_solver_comes_with_the_weight_and_the_knob_changes_it(run: training.
         ("steps", 0, "at least 1, got 0"),
         ("tolerance", -1.0, "must be positive"),
         ("gradient_mode", "no", "gradient must be one of 'discrete'"),
+        ("error_control", "no", "error_control must be one of 'batch'"),
+        ("max_nfe", 2.5, "max_nfe must be an integer, got 2.5"),
+        ("tolerance", "x", "tolerance must be a number, got 'x'"),
     ],
 )
 def test_a_wrong_knob_is_one_line(attribute: str, value: Any, message: str) -> None:
@@ -134,9 +137,19 @@ def test_the_knob_reaches_the_average_of_the_weights() -> None:
         assert [(b.solver.method, b.solver.steps) for b in network.ode_blocks()] == [("rk4", 3)]
 
 
-def test_training_draws_the_number_of_steps(tmp_path: Path, run: training.Run) -> None:
-    from zoo.figures import read_metrics
+def test_the_knob_reaches_the_error_control_and_the_cap() -> None:
+    model = classifier(ema_decay=0.9)
+    assert (model.error_control, model.max_nfe) == ("batch", 10_000)
+    model.solver, model.error_control, model.max_nfe = "dopri5", "each_sample", 400
+    for network in (model.network, model.published_network):
+        (solver,) = (b.solver for b in network.ode_blocks())
+        assert (solver.error_control, solver.max_nfe) == ("each_sample", 400)
+    model.max_nfe = 5
+    with pytest.raises(SolverError, match="cap of max_nfe=5"):
+        model.predict(torch.rand(2, 3, *SIZE))
 
+
+def test_training_draws_the_number_of_steps(tmp_path: Path, run: training.Run) -> None:
     values = yaml.safe_load((run.folder / "recipe.yaml").read_text())
     options = {
         "zoo": values["zoo"],
@@ -246,6 +259,46 @@ def test_evaluate_diagnoses_and_records(run: training.Run, monkeypatch: Any) -> 
     assert again == stored
 
 
+@pytest.mark.parametrize(
+    ("solver", "refined"),
+    [
+        (SolverConfig(method="midpoint", steps=2), {1e-4, 1e-5}),
+        (SolverConfig(method="dopri5", tolerance=1e-2), {1e-3, 1e-4, 1e-5}),
+        (SolverConfig(method="adaptive_heun", tolerance=1e-4), {1e-5}),
+        (SolverConfig(method="implicit_adams", steps=4, tolerance=1e-2), {1e-4, 1e-5}),
+    ],
+)
+def test_tolerances_that_count_as_refined(solver: SolverConfig, refined: set[float]) -> None:
+    model = ODEResNetClassifier(
+        dataclasses.replace(NETWORK, solver=solver), preprocessing=PREPROCESSING
+    )
+    # What is measured does not matter here.
+    model.measure = lambda datamodule, protocol: SimpleNamespace(value=0.5)  # type: ignore[method-assign, assignment, return-value]
+    curve = model.solver_curve(None)  # type: ignore[arg-type]
+    adaptive = [e for e in curve[1:] if "tolerance" in e and e["solver"] == "dopri5"]
+    assert {e["tolerance"] for e in adaptive if e["refined"]} == refined
+    assert len(adaptive) == 5
+
+
+def test_the_lipschitz_bound_is_told_the_deviation_of_each_channel(monkeypatch: Any) -> None:
+    from zoo.tasks import continuous_depth
+
+    given = []
+
+    def bounds(network: Any, images: Any, scale: Any, shape: Any) -> SolverConfig:
+        given.append(scale)
+        return SolverConfig()  # any configuration, to be stored
+
+    monkeypatch.setattr(continuous_depth, "input_lipschitz", bounds)
+    monkeypatch.setattr(continuous_depth.TaskSolverKnob, "diagnose", lambda *arguments: {})
+    model = classifier()
+    model.preprocessing = dataclasses.replace(PREPROCESSING, std=(0.5, 0.1, 0.25))
+    images = torch.randn(2, 3, *SIZE)
+    model._diagnosed_images = lambda datamodule: images  # type: ignore[method-assign]
+    model.diagnose(None)  # type: ignore[arg-type]
+    assert given == [pytest.approx([2.0, 10.0, 4.0])]
+
+
 def test_the_refinement_report_tells_a_flow_from_a_residual_network() -> None:
     """A metric that is the first logit: with a strong field Euler's steps matter, a weak one's
     do not."""
@@ -306,6 +359,12 @@ def test_a_trajectory_model_goes_round(kind: str, tmp_path: Path) -> None:
     error = (one.mean - spirals.truth[3, WINDOW:]).square().mean().sqrt()
     assert float(measured.sums[3]) == pytest.approx(float(error), rel=1e-5)
     assert (measured.n, measured.metric, measured.split) == (16, "rmse", "test")
+    metrics = read_metrics(run.folder)
+    if kind == "latent_ode":  # two stages for each interval of the window
+        assert {nfe for _, nfe in metrics["nfe"]} == {2 * WINDOW}
+        assert {nfe for _, nfe in metrics["nfe_backward"]} == {0}
+    else:
+        assert not {"nfe", "nfe_backward"} & set(metrics)
 
 
 def test_predictions_are_points_and_draws_at_any_times() -> None:
@@ -346,11 +405,31 @@ def test_predictions_are_points_and_draws_at_any_times() -> None:
         ),
         ((3.0, 4.0, [1.0]), DataError, "pairs of times and values, got 3.0"),
         (([0.1, 0.2], [[0.0, 1.0]] * 2, [1.0, 0.5]), ZooError, "increasing from 0 on"),
+        (([0.1, 0.2], [[0.0, 1.0]] * 2, [1e6]), SolverError, "more than max_nfe=10000 intervals"),
     ],
 )
 def test_wrong_observations_are_refused(arguments: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         trajectories().predict(arguments[:2], arguments[2])
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        ("a", "seed must be a whole number, got 'a'"),
+        (1.5, "seed must be a whole number, got 1.5"),
+        (True, "seed must be a whole number, got True"),
+        (2**64, "seed must be at most"),
+    ],
+)
+def test_wrong_seeds_are_refused(seed: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trajectories().predict(([0.1, 0.2], [[0.0, 1.0]] * 2), [1.0], draws=1, seed=seed)
+    with pytest.raises(ConfigError, match=message):
+        densities().sample("moons", 2, seed=seed)
+    assert torch.equal(
+        densities().sample("moons", 2, seed=-1), densities().sample("moons", 2, seed=-1)
+    )
 
 
 def test_no_trajectories_are_refused() -> None:
@@ -393,6 +472,25 @@ def test_a_latent_ode_is_diagnosed_over_the_time_that_is_predicted() -> None:
     assert block.field is model.network.flow.field
 
 
+@pytest.mark.parametrize("kind", ["latent_ode", "rnn"])
+def test_a_trajectory_model_is_used_in_any_precision(kind: str) -> None:
+    data = SpiralDataModule(observations=5, count=6)
+    model = trajectories(kind=kind)
+    expected = model.measure(data, "extrapolation").value
+    model.to(torch.bfloat16)
+    assert model.measure(data, "extrapolation").value == pytest.approx(expected, rel=0.05)
+    if kind == "latent_ode":
+        ((block, states),) = model.block_states(data)
+        assert block(states).dtype == torch.bfloat16
+
+
+def test_a_trajectory_model_is_diagnosed_where_it_is() -> None:
+    """The meta device stands for any that the data is not on."""
+    model = trajectories().to("meta")
+    ((_, states),) = model.block_states(SpiralDataModule(observations=5, count=6))
+    assert states.device.type == "meta"
+
+
 # --------------------------------------------------------------------------------------- flows
 
 
@@ -421,6 +519,12 @@ def test_a_flow_goes_round_and_learns(kind: str, tmp_path: Path) -> None:
     assert parts[1].value == pytest.approx(-float(model.predict(points, "circles").mean()))
     fresh = densities(kind=kind).measure(run.datamodule, "all").value
     assert measured.value < fresh - 0.05
+    metrics = read_metrics(run.folder)
+    if kind == "continuous":  # four stages in each of 16 steps
+        assert {nfe for _, nfe in metrics["nfe"]} == {64}
+        assert {nfe for _, nfe in metrics["nfe_backward"]} == {0}
+    else:
+        assert not {"nfe", "nfe_backward"} & set(metrics)
 
 
 def test_samples_are_repeatable_and_follow_the_density() -> None:
@@ -458,7 +562,31 @@ def test_mass_of_a_standard_normal_density(kind: str) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda m: m.mass("moons", cells=0), ConfigError, "must be positive"),
+        (lambda m: m.mass("moons", cells=0), ConfigError, "cells must be at least 1, got 0"),
+        (
+            lambda m: m.mass("moons", cells=1.5),
+            ConfigError,
+            "cells must be a whole number, got 1.5",
+        ),
+        (lambda m: m.mass("moons", extent="a"), ConfigError, "extent must be a number, got 'a'"),
+        (
+            lambda m: m.mass("moons", extent=0.0),
+            ConfigError,
+            "extent must be positive and finite, got 0.0",
+        ),
+        (lambda m: m.mass("moons", extent=math.inf), ConfigError, "extent must be positive"),
+        (lambda m: m.mass(None), UnknownNameError, "No density None. The flow knows: moons"),
+        (lambda m: m.sample(["moons"], 3), UnknownNameError, r"No density \['moons'\]"),
+        (lambda m: m.sample("moons", 2.5), ConfigError, "n must be a whole number, got 2.5"),
+        (lambda m: m.sample("moons", "5"), ConfigError, "n must be a whole number, got '5'"),
+        (lambda m: m.sample("moons", True), ConfigError, "n must be a whole number, got True"),
+        (lambda m: m.sample("moons", None), ConfigError, "n must be a whole number, got None"),
+        (lambda m: m.predict("abc"), DataError, "Points must be numbers, got 'abc'"),
+        (lambda m: m.predict(None), DataError, "Points must be numbers, got None"),
+        (lambda m: m.predict([[1.0, 2.0], [1.0]]), DataError, "Points must be numbers, got"),
+        (lambda m: m.predict([["1", "2"]]), DataError, "Points must be numbers, got"),
+        (lambda m: m.predict([[0.0, 1.0]], None), UnknownNameError, "The flow knows: moons"),
+        (lambda m: m.predict([[0.0, 1.0]], 3), UnknownNameError, "No density 3"),
         (lambda m: m.mass("moon"), UnknownNameError, "Did you mean 'moons'"),
         (lambda m: m.sample("moon", 3), UnknownNameError, "Did you mean 'moons'"),
         (lambda m: m.sample("moons", 0), ZooError, "n must be at least 1"),
@@ -471,6 +599,24 @@ def test_mass_of_a_standard_normal_density(kind: str) -> None:
 def test_wrong_requests_of_a_flow_are_refused(call: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         call(densities())
+
+
+@pytest.mark.parametrize("kind", ["continuous", "coupling"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_flow_is_used_in_any_precision(kind: str, dtype: torch.dtype) -> None:
+    model = densities(kind=kind).to(dtype)
+    points = [[0.0, 1.0], [0.5, -0.25]]
+    # Untrained, the flow is the standard normal density.
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(torch.tensor(points).double()).sum(1)
+    found = model.predict(points, "moons")
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert model.sample("moons", 3, seed=0).dtype == dtype
+    data = DensityDataModule(test_points=20)
+    assert model.measure(data, "moons").n == 20
+    if kind == "continuous":
+        for block, states in model.block_states(data):
+            assert block(states).dtype == dtype
 
 
 def test_a_flow_for_other_densities_is_refused() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import operator
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -19,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.configs import to_json
-from zoo.errors import ConfigError, ZooError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.provenance import source_commit
 from zoo.tasks.optimization import OptimizerConfig, build_optimizer
 
@@ -28,7 +30,17 @@ if TYPE_CHECKING:
 
     from zoo.cards import Card, Measurements
 
-__all__ = ["Exportable", "Measurement", "ZooModule", "check_count", "compile_network", "count_macs"]
+__all__ = [
+    "Exportable",
+    "Measurement",
+    "ZooModule",
+    "as_numbers",
+    "check_count",
+    "check_positive",
+    "compile_network",
+    "count_macs",
+    "seeded_generator",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,6 +341,56 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     if count < least:
         raise ConfigError(f"{name} must be at least {least}, got {count}")
     return count
+
+
+def check_positive(name: str, value: Any) -> float:
+    """A finite number above 0 that a user has given.
+
+    Args:
+        name: what it is, for messages.
+        value: what was given.
+
+    Raises:
+        ConfigError: it is no number, not finite, or not above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigError(f"{name} must be a number, got {value!r:.60}")
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ConfigError(f"{name} must be positive and finite, got {value}")
+    return number
+
+
+def as_numbers(given: Any, what: str) -> Tensor:
+    """What a user has given as numbers, float64.
+
+    Args:
+        given: numbers, in lists or a tensor of any shape.
+        what: what they are, for messages.
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        return torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"{what} must be numbers, got {given!r:.60}.") from None
+
+
+def seeded_generator(seed: Any) -> torch.Generator:
+    """A generator on the CPU with a seed that a user has given; None: with one of the system's.
+
+    Raises:
+        ConfigError: the seed is no whole number, or has more than 64 bits.
+    """
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    least, largest = -(2**63), 2**64 - 1  # what PyTorch takes
+    if (number := check_count("seed", seed, least)) > largest:
+        raise ConfigError(f"seed must be at most {largest}, got {number}")
+    return generator.manual_seed(number)
 
 
 def count_macs(network: nn.Module, *inputs: Any) -> int:

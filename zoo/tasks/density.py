@@ -19,7 +19,16 @@ from zoo.families.continuous_depth.flows import (
     build_flow,
 )
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs
+from zoo.tasks.base import (
+    Exportable,
+    Measurement,
+    ZooModule,
+    as_numbers,
+    check_count,
+    check_positive,
+    count_macs,
+    seeded_generator,
+)
 from zoo.tasks.continuous_depth import TaskSolverKnob
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -67,14 +76,18 @@ class DensityModel(TaskSolverKnob, ZooModule):
             )
         self.network = build_flow(network)
 
+    def _own(self, given: Tensor) -> Tensor:
+        """A tensor on the device and in the precision of the network's parameters."""
+        return given.to(next(self.network.parameters()))
+
     def _condition(self, which: Tensor) -> Tensor:
-        dtype = next(self.network.parameters()).dtype
-        return F.one_hot(which, len(DENSITIES)).to(self.device, dtype)
+        return self._own(F.one_hot(which, len(DENSITIES)))
 
     def training_step(self, batch: DensityBatch, batch_idx: int) -> Tensor:
-        """Mean negative log-likelihood, nats."""
+        """Mean negative log-likelihood, nats; evaluations of the field are logged beside it."""
         loss = -self.network.log_prob(batch.points, self._condition(batch.which)).mean()
         self.log("train_loss", loss, prog_bar=True)
+        self.log_evaluations("nfe")
         return loss
 
     def validation_step(self, batch: DensityBatch, batch_idx: int) -> None:
@@ -143,7 +156,7 @@ class DensityModel(TaskSolverKnob, ZooModule):
         assert isinstance(self.network, ContinuousFlow)
         found = []
         for index, name in enumerate(DENSITIES):
-            points = datamodule.test_set(name)[:_DIAGNOSED].to(self.device)
+            points = self._own(datamodule.test_set(name)[:_DIAGNOSED])
             found.append(
                 self.network.points_alone(
                     points, self._condition(torch.full((len(points),), index))
@@ -156,7 +169,7 @@ class DensityModel(TaskSolverKnob, ZooModule):
         for part in torch.split(points, _BATCH):
             which = torch.full((len(part),), list(DENSITIES).index(name))
             with self.evaluating():
-                parts.append(self.network.log_prob(part.to(self.device), self._condition(which)))
+                parts.append(self.network.log_prob(self._own(part), self._condition(which)))
         return torch.cat(parts).double().cpu()
 
     @torch.no_grad()
@@ -172,7 +185,7 @@ class DensityModel(TaskSolverKnob, ZooModule):
             UnknownNameError: the flow knows no such density.
         """
         _check_name(density)
-        x = torch.as_tensor(points, dtype=torch.float32)
+        x = self._own(as_numbers(points, "Points"))
         if x.ndim != 2 or x.shape[1] != 2 or not len(x):
             raise DataError(f"Expected points as N x 2, got shape {tuple(x.shape)}.")
         if not torch.isfinite(x).all():
@@ -191,11 +204,11 @@ class DensityModel(TaskSolverKnob, ZooModule):
             cells: of the grid along each side.
 
         Raises:
-            ConfigError: `extent` or `cells` is not positive.
+            ConfigError: `extent` is no positive number, or `cells` no positive whole number.
             UnknownNameError: the flow knows no such density.
         """
-        if not extent > 0 or cells < 1:
-            raise ConfigError(f"extent and cells must be positive, got {extent} and {cells}")
+        _check_name(density)
+        extent, cells = check_positive("extent", extent), check_count("cells", cells)
         side = 2 * extent / cells
         middles = torch.arange(cells) * side + (side / 2 - extent)
         log_density = self.predict(torch.cartesian_prod(middles, middles), density)
@@ -203,26 +216,20 @@ class DensityModel(TaskSolverKnob, ZooModule):
 
     @torch.no_grad()
     def sample(self, density: str, n: int, *, seed: int | None = None) -> Tensor:
-        """Points drawn from a density, n x 2.
+        """Points drawn from a density, n x 2, in the precision of the network's parameters.
 
         Args:
             density: one of `zoo.data.densities.DENSITIES`.
-            n: how many.
+            n: how many, at least 1.
             seed: makes them repeatable.
 
         Raises:
+            ConfigError: `n` is no whole number, or below 1; `seed` is no whole number.
             UnknownNameError: the flow knows no such density.
-            ZooError: `n` is not positive.
         """
         _check_name(density)
-        if n < 1:
-            raise ZooError(f"n must be at least 1, got {n}.")
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        base = torch.randn(n, 2, generator=generator).to(self.device)
+        n = check_count("n", n)
+        base = self._own(torch.randn(n, 2, generator=seeded_generator(seed)))
         which = torch.full((n,), list(DENSITIES).index(density))
         with self.evaluating():
             return self.network.transform(base, self._condition(which)).cpu()
@@ -250,9 +257,9 @@ class _LogDensity(torch.nn.Module):
         return (self.network.log_prob(points, condition),)
 
 
-def _check_name(density: str) -> None:
-    if density not in DENSITIES:
+def _check_name(density: Any) -> None:
+    if not isinstance(density, str) or density not in DENSITIES:
         raise UnknownNameError(
-            f"No density {density!r}.{nearest(density, DENSITIES)} "
+            f"No density {density!r:.60}.{nearest(str(density), DENSITIES)} "
             f"The flow knows: {', '.join(DENSITIES)}."
         )

@@ -20,7 +20,15 @@ from zoo.families.continuous_depth.trajectories import (
     build_trajectory_network,
 )
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs
+from zoo.tasks.base import (
+    Exportable,
+    Measurement,
+    ZooModule,
+    as_numbers,
+    check_count,
+    count_macs,
+    seeded_generator,
+)
 from zoo.tasks.continuous_depth import TaskSolverKnob
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -93,9 +101,11 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
         self.log("val_loss", self._loss(batch), batch_size=len(batch.values))
 
     def training_step(self, batch: SpiralSet, batch_idx: int) -> Tensor:
-        """Negative evidence lower bound (latent ODE) or log-likelihood per observation, nats."""
+        """Negative evidence lower bound (latent ODE) or log-likelihood per observation, nats;
+        evaluations of the field are logged beside it."""
         loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True)
+        self.log_evaluations("nfe")
         return loss
 
     def samples(self, batch: SpiralSet) -> int:
@@ -134,9 +144,8 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
         starts = range(0, len(spirals.truth), _BATCH)
         for start in track(starts, "spirals", len(starts)):
             rows = slice(start, start + _BATCH)
-            times, values = spirals.times[rows].to(self.device), spirals.values[rows]
             with self.evaluating():
-                predicted = self.network(times, values.to(self.device), at).cpu()
+                predicted = self.network(*self._observed(spirals, rows), at).cpu()
             gap = (predicted - spirals.truth[rows, WINDOW:]).double()
             errors.append(gap.square().mean((1, 2)).sqrt())
         sums = torch.cat(errors)
@@ -150,12 +159,17 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             split="test",
         )
 
+    def _observed(self, spirals: SpiralSet, rows: slice) -> tuple[Tensor, Tensor]:
+        """Times and values of some spirals, as the network's parameters are kept."""
+        like = next(self.network.parameters())
+        return spirals.times[rows].to(like), spirals.values[rows].to(like)
+
     @torch.no_grad()
     def block_states(self, datamodule: SpiralDataModule) -> list[tuple[ODEBlock, Tensor]]:  # type: ignore[override]
         assert isinstance(self.network, LatentODE)
         spirals = datamodule.test
         with self.evaluating():
-            z0, _ = self.network.encode(spirals.times[:_DIAGNOSED], spirals.values[:_DIAGNOSED])
+            z0, _ = self.network.encode(*self._observed(spirals, slice(_DIAGNOSED)))
         solver = dataclasses.replace(self.network.flow.solver, steps=WINDOW, gradient="discrete")
         return [(ODEBlock(self.network.flow.field, solver, (0.0, 2 * WINDOW * SPACING)), z0)]
 
@@ -179,25 +193,22 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
             seed: makes the draws repeatable.
 
         Raises:
-            ConfigError: `draws` is no whole number, or negative.
+            ConfigError: `draws` is no whole number, or negative; `seed` is none.
             DataError: observations or times are no numbers, too few, not finite, or do not fit
                 together.
             ZooError: the recurrent network is asked for draws, or for a time before the last.
+            SolverError: a time is too late for the solver's `max_nfe`, see `LatentODE`.
         """
         draws = check_count("draws", draws, 0)
         if draws and not isinstance(self.network, LatentODE):
             raise ZooError("A recurrent network has no latent state to draw; use draws=0.")
         wanted = None
         if at is not None:
-            moments = _numbers(at, "Times to predict").flatten()
+            moments = as_numbers(at, "Times to predict").flatten()
             wanted = tuple(float(t) for t in moments)
             if not wanted:
                 raise DataError("Give at least one time to predict.")
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        generator = seeded_generator(seed)
         return [
             self._extrapolate(times, values, wanted, draws, generator)
             for times, values in _pairs(observed)
@@ -212,8 +223,8 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
         generator: torch.Generator,
     ) -> Extrapolation:
         dtype = next(self.network.parameters()).dtype
-        moments = _numbers(times, "Times of observations").to(self.device, dtype)
-        points = _numbers(values, "Observations").to(self.device, dtype)
+        moments = as_numbers(times, "Times of observations").to(self.device, dtype)
+        points = as_numbers(values, "Observations").to(self.device, dtype)
         if moments.ndim != 1 or points.shape != (len(moments), self.config.dim):
             raise DataError(
                 f"Expected N times and N x {self.config.dim} values, got {tuple(moments.shape)} "
@@ -240,18 +251,6 @@ class TrajectoryModel(TaskSolverKnob, ZooModule):
         except ValueError as error:
             raise ZooError(f"{error}.") from None
         return Extrapolation(times=at, mean=mean, draws=drawn)
-
-
-def _numbers(given: Any, what: str) -> Tensor:
-    """What a user has given as numbers, float64.
-
-    Raises:
-        DataError: it is something else.
-    """
-    try:
-        return torch.as_tensor(given, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise DataError(f"{what} must be numbers, got {given!r:.60}.") from None
 
 
 def _pairs(observed: Any) -> list[Observed]:

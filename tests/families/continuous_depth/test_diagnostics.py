@@ -190,6 +190,25 @@ def test_a_linear_net_has_equal_bounds_below_and_above() -> None:
     assert found.vacuous is False
 
 
+def test_each_channel_is_scaled_by_its_own_deviation() -> None:
+    """A net that reads channel 0 alone does not feel that channel 1 was stretched."""
+    std, weight = (0.5, 0.1), torch.tensor([3.0, 4.0], dtype=torch.float64)
+
+    class ReadsOne(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 0, 0, :1] * weight
+
+    images = torch.randn(5, 2, 3, 4, dtype=torch.float64)
+    found = input_lipschitz(ReadsOne(), images, [1.0 / s for s in std], (2, 3, 4))
+    for value in (found.lower, found.lower_with_midpoints, found.mean, found.rms, found.p95):
+        assert value == pytest.approx(2.0 * 5.0)
+    # Above, nothing is known of what a layer reads: the narrowest channel counts.
+    net = nn.Conv2d(2, 1, 1).double()
+    upper = input_lipschitz(net, images[..., :1, :1], [1.0 / s for s in std], (2, 1, 1)).log10_upper
+    gain = 10.0 * float(torch.linalg.vector_norm(net.weight))
+    assert upper == pytest.approx(math.log10(1.01 * gain), abs=1e-6)
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 def test_two_layers_meet_the_bound_only_when_aligned(aligned: bool) -> None:
     one, two = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)

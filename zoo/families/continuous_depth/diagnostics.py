@@ -428,24 +428,32 @@ class InputLipschitz:
 
 @torch.no_grad()
 def input_lipschitz(
-    network: nn.Module, images: Tensor, scale: float, shape: Sequence[int], seed: int = 0
+    network: nn.Module,
+    images: Tensor,
+    scale: float | Sequence[float],
+    shape: Sequence[int],
+    seed: int = 0,
 ) -> InputLipschitz:
     """Bounds of a classifier in eval mode.
 
     Args:
         network: takes B x C x H x W.
         images: normalised, as the network takes them.
-        scale: largest factor between a change of a normalised image and that of one from 0 to 1
-            (one over the standard deviation that images were divided by).
+        scale: factor between a change of a normalised image and that of one from 0 to 1 (one over
+            the standard deviation that images were divided by), of all channels or of each. The
+            upper bound is with the largest.
         shape: C, H, W.
         seed: of the pairs.
     """
     generator = torch.Generator().manual_seed(seed)
     partner = torch.randperm(len(images), generator=generator)
-    norms = scale * _jacobian_norms(network, images)
-    middle = scale * _jacobian_norms(network, (images + images[partner]) / 2)
+    scales = torch.as_tensor(scale, dtype=torch.float64, device=images.device)
+    norms = _jacobian_norms(network, images, scales)
+    middle = _jacobian_norms(network, (images + images[partner]) / 2, scales)
     try:
-        upper: float | None = math.log(scale) + log_lipschitz_bound(network, tuple(shape))
+        upper: float | None = math.log(float(scales.max())) + log_lipschitz_bound(
+            network, tuple(shape)
+        )
     except NotImplementedError:
         upper = None
     return InputLipschitz(
@@ -461,8 +469,12 @@ def input_lipschitz(
 
 
 @torch.enable_grad()
-def _jacobian_norms(network: nn.Module, images: Tensor, batch: int = 128) -> Tensor:
-    """2-norm of the Jacobian of the logits at each image, by one backward pass per class."""
+def _jacobian_norms(network: nn.Module, images: Tensor, scales: Tensor, batch: int = 128) -> Tensor:
+    """2-norm of the Jacobian of the logits at each image, by one backward pass per class.
+
+    The columns of each channel are multiplied by its scale; there may be one of all.
+    """
+    columns = scales.view(-1, *[1] * (images.ndim - 2)).expand(images.shape[1:]).flatten()
     norms = []
     for part in torch.split(images, batch):
         x = part.detach().requires_grad_()
@@ -471,7 +483,8 @@ def _jacobian_norms(network: nn.Module, images: Tensor, batch: int = 128) -> Ten
             torch.autograd.grad(logits[:, c].sum(), x, retain_graph=True)[0].flatten(1)
             for c in range(logits.shape[1])
         ]
-        norms.append(torch.linalg.matrix_norm(torch.stack(rows, 1).double(), ord=2))
+        jacobian = columns * torch.stack(rows, 1).double()
+        norms.append(torch.linalg.matrix_norm(jacobian, ord=2))
     return torch.cat(norms).detach()
 
 
@@ -507,7 +520,7 @@ def _bound(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, tuple[int,
             module.out_features,
         )
     if isinstance(module, nn.Conv2d):
-        size = module(torch.zeros(1, *shape, dtype=module.weight.dtype)).shape[1:]
+        size = module(module.weight.new_zeros(1, *shape)).shape[1:]
         # Biases do not count: the map is taken less its value at zero.
         linear = _without_bias(module)
         return _log(_linear_gain(linear, shape, module.weight)), tuple(size)
