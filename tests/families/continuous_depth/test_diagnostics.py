@@ -221,6 +221,14 @@ def test_two_layers_meet_the_bound_only_when_aligned(aligned: bool) -> None:
     assert 10 ** float(found.log10_upper or 0.0) == pytest.approx(6.0)
 
 
+def test_a_convolutions_bound_is_found_on_its_own_device() -> None:
+    """The meta device stands for any that is not the convolution's."""
+    conv = nn.Conv2d(1, 1, 1)
+    with torch.device("meta"):
+        bound = log_lipschitz_bound(conv, (1, 4, 4))
+    assert bound == pytest.approx(math.log(1.01 * float(conv.weight.detach().abs())), abs=1e-6)
+
+
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (1, 0)])
 def test_a_convolutions_bound_is_the_norm_of_its_matrix(stride: int, padding: int) -> None:
     conv = nn.Conv2d(2, 3, 3, stride, padding).double()

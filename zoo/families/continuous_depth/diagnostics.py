@@ -116,7 +116,7 @@ def _backward(function: Map, y: Tensor) -> Map:
 
 def _random(y: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(y.shape, generator=generator).to(y)
+    return torch.randn(y.shape, generator=generator, device=generator.device).to(y)
 
 
 # --- eigenvalues and singular values -------------------------------------------------------------
