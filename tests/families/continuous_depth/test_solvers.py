@@ -463,7 +463,7 @@ def test_a_state_that_explodes_names_sample_and_time(method: Any) -> None:
 
 
 def decay_until(end: float) -> Any:
-    """A field, y' = -y, whose value for a sample that starts above 10 is NaN after a time."""
+    """A field, y' = -y, that is NaN after a time for samples whose first component is above 5."""
 
     def field(t: float, y: Tensor) -> Tensor:
         return torch.where((y[:, :1] > 5) & (t > end), math.nan, -y)
