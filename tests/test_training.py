@@ -269,7 +269,7 @@ def test_the_data_of_a_recipe_alone(recipe: Path) -> None:
         (["model.network.dim=abc"], "dim"),
         (["model.network.dim=-1"], "dim must be at least 1, got -1"),
         (["model.network.memory=lots"], "lots"),
-        (["model.optimizer.lr=-1"], "lr must be positive, got -1"),
+        (["model.optimizer.lr=-1"], "lr must be positive and finite, got -1"),
         (["model.optimizer.name=adam"], "adam"),
         (["data.streams=0"], "streams must be at least 1, got 0"),
         (["trainer.max_epochs=many"], "many"),

@@ -81,8 +81,15 @@ def test_sgd_is_nesterovs(momentum: float) -> None:
         ({"momentum": 0.0}, r"momentum must be in \(0, 1\), got 0.0"),
         ({"warmup_fraction": 1.0}, r"warmup_fraction must be in \[0, 1\), got 1.0"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
-        ({"lr": 0.0}, "lr must be positive, got 0.0"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"momentum": math.nan}, r"momentum must be in \(0, 1\), got nan"),
+        ({"warmup_fraction": math.nan}, r"warmup_fraction must be in \[0, 1\), got nan"),
+        ({"layer_decay": math.nan}, r"layer_decay must be in \(0, 1\], or null, got nan"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": math.inf}, "lr must be positive and finite, got inf"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and not negative, got -0.1"),
+        ({"weight_decay": math.inf}, "weight_decay must be finite and not negative, got inf"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite and not negative, got nan"),
     ],
 )
 def test_values_out_of_range(change: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -520,6 +521,9 @@ PICTURES = {
              "adapters freeze everything else, so freeze must be left out"),
     "target": (lambda f: pictures(f, "a", "b"), {"target": "head"}, "target is for adapters"),
     "epochs": (lambda f: pictures(f, "a", "b"), {"epochs": 0}, "epochs must be at least 1, got 0"),
+    "rate": (lambda f: pictures(f, "a", "b"), {"lr": math.inf}, "lr must be positive and finite"),
+    "weights": (lambda f: pictures(f, "a", "b"), {"weight_decay": math.nan},
+                "weight_decay must be finite and not negative, got nan"),
     "decay": (lambda f: pictures(f, "a", "b"), {"layer_decay": 2.0}, "layer_decay must be in (0"),
     "override": (lambda f: pictures(f, "a", "b"), {"overrides": ["dta.x=1"]},
                  "Unknown section 'dta'"),
