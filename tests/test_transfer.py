@@ -183,6 +183,7 @@ def write_ratings(folder: Path) -> Path:
     folder.mkdir()
     pairs = [(u, i) for i in range(12) for u in range(20) if (u + i) % 3]
     lines = [f"{u},{i},{1 + (u * i) % 5}" for u, i in pairs]
+    lines += [f"{u},{100 + u},3" for u in range(20)]  # an item that nobody else has rated
     (folder / "all.csv").write_text("\n".join(["user,item,rating", *lines]) + "\n")
     return folder / "all.csv"
 
@@ -220,6 +221,7 @@ def test_a_recommender_meets_new_users(tmp_path: Path) -> None:
     )
     assert not set(others.user_ids) & set(new.user_ids)
     assert len(others.user_ids) + len(new.user_ids) == 20
+    assert set(new.item_ids) <= set(others.item_ids), "of others the base knows nothing"
     assert torch.bincount(new.users).tolist() == [5] * 4, "three to learn from, two held out"
 
 

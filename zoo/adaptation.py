@@ -48,7 +48,8 @@ def prepare(
 
     Raises:
         ZooError: the base is not to be had or of another kind, data and network do not fit, a
-            pattern matches nothing, or nothing would be trained.
+            pattern matches nothing, nothing would be trained, or what the base does not know of
+            the data would stay as it was drawn.
     """
     if base is None:
         folder, card = hub.resolve(how.base_model)
@@ -93,6 +94,30 @@ def prepare(
             unfreeze(network, head)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ConfigError(f"freeze={how.freeze!r} leaves nothing to train.")
+    _check_new_rows(module, base)
+
+
+def _check_new_rows(module: ZooModule, base: ZooModule) -> None:
+    """Check that what the base does not know of the data, and was drawn, will be learned.
+
+    Raises:
+        ConfigError: it is frozen.
+    """
+    network = module.network
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    sizes = {name: len(parameter) for name, parameter in network.named_parameters()}
+    rows = module.carried_rows(base)
+    new = {n: sizes[n] - len(here) for n, (here, _) in rows.items() if n in frozen}
+    unknown = {name.partition(".")[0]: count for name, count in new.items() if count}
+    if not unknown:
+        return
+    said = " and ".join(f"{n} {what if n > 1 else what[:-1]}" for what, n in unknown.items())
+    rest = dict.fromkeys(name.partition(".")[0] for name in sizes if name in frozen)
+    parts = [part for part in rest if part not in unknown]
+    raise ConfigError(
+        f"The data have {said} the base does not know; leave {' and '.join(unknown)} trainable: "
+        + (f"freeze={parts}." if parts else "leave out freeze.")
+    )
 
 
 def needs_new_head(module: ZooModule, base: ZooModule) -> bool:

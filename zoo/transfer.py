@@ -193,14 +193,32 @@ def _ratings(source: Path | None) -> Ratings:
     return RatingsDataModule(data_dir=None if source is None else str(source)).ratings
 
 
-def _write_ratings(path: Path, ratings: Ratings, users: set[str], most: int | None) -> Path:
-    """Ratings of some users in order of time; of each the first `most` and the last two."""
-    by_user: dict[int, list[int]] = {}
-    for row in torch.argsort(ratings.times, stable=True).tolist():
-        by_user.setdefault(int(ratings.users[row]), []).append(row)
+def _by_user(ratings: Ratings, rows: Sequence[int], users: set[str]) -> dict[int, list[int]]:
+    """The rows of each of the users, in their order."""
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        user = int(ratings.users[row])
+        if ratings.user_ids[user] in users:
+            found.setdefault(user, []).append(row)
+    return found
+
+
+def _write_ratings(
+    path: Path, ratings: Ratings, users: set[str], most: int | None, known_to: set[str] | None
+) -> Path:
+    """Ratings of some users in order of time; of each the first `most` and the last two.
+
+    Of items that nobody of `known_to` has rated, there are none: a base that has not seen them has
+    nothing to carry over.
+    """
+    rows = torch.argsort(ratings.times, stable=True).tolist()
+    if known_to is not None:
+        others = _by_user(ratings, rows, known_to).values()
+        known = {int(ratings.items[row]) for rated in others if len(rated) >= 3 for row in rated}
+        rows = [row for row in rows if int(ratings.items[row]) in known]
     kept: list[int] = []
-    for user, rated in by_user.items():
-        if ratings.user_ids[user] in users and len(rated) >= (3 if most is None else most + 2):
+    for rated in _by_user(ratings, rows, users).values():
+        if len(rated) >= (3 if most is None else most + 2):
             kept += rated if most is None else [*rated[:most], *rated[-2:]]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -223,7 +241,9 @@ def _new_users(
 ) -> tuple[Path, dict[str, Any]]:
     """The first `amount` ratings of each user of the group; the last two are held out."""
     ratings = _ratings(source)
-    path = _write_ratings(folder / "ratings.csv", ratings, _group(ratings), amount)
+    group = _group(ratings)
+    others = set(ratings.user_ids) - group
+    path = _write_ratings(folder / "ratings.csv", ratings, group, amount, others)
     return path, {"time_column": "time"}
 
 
@@ -419,7 +439,7 @@ def _train_base_of_others(folder: Path, source: Path | None, overrides: Sequence
     ratings = _ratings(source)
     folder.mkdir(parents=True, exist_ok=True)
     others = set(ratings.user_ids) - _group(ratings)
-    path = _write_ratings(folder / "ratings.csv", ratings, others, None)
+    path = _write_ratings(folder / "ratings.csv", ratings, others, None, None)
     seen = read_ratings_csv(path, time_column="time")
     recipe = training.read_recipe(
         EXAMPLES["new-users"].base,

@@ -306,13 +306,11 @@ def recommender(folder: Path, pairs: list[tuple[str, str]]) -> Path:
     return path
 
 
-def test_users_and_items_keep_their_vectors_by_id(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "new").mkdir()
-    old = recommender(tmp_path / "old", [(f"u{u}", f"i{i}") for i in range(6) for u in range(5)])
-    new = recommender(
-        tmp_path / "new", [(u, f"i{i}") for i in (5, 9, 2, 3) for u in ("u3", "v0", "v1")]
-    )
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recommender of users u0 to u4 and items i0 to i5."""
+    folder = tmp_path_factory.mktemp("rated")
+    old = recommender(folder, [(f"u{u}", f"i{i}") for i in range(6) for u in range(5)])
     recipe = training.read_recipe(
         "dselect-k-recommender.movielens-100k",
         [
@@ -328,19 +326,62 @@ def test_users_and_items_keep_their_vectors_by_id(tmp_path: Path) -> None:
             "model.network.tower_widths=[4]",
         ],
     )
-    base = training.fit(recipe, out=tmp_path / "base").checkpoint
-    still = {"freeze": ["users", "items"], "epochs": 1, **QUICK}
-    module: Any = zoo.finetune(base, new, out=tmp_path / "run", **still)
-    before, after = tensors(base), tensors(module.finetuned.checkpoint)
+    return training.fit(recipe, out=folder / "base").checkpoint
+
+
+def ratings_of(folder: Path, users: tuple[str, ...], items: tuple[str, ...]) -> Path:
+    return recommender(folder, [(user, item) for item in items for user in users])
+
+
+def test_users_and_items_keep_their_vectors_by_id(rated: Path, tmp_path: Path) -> None:
+    new = ratings_of(tmp_path, ("u3", "v0", "v1"), ("i5", "i9", "i2", "i3"))
+    # A learning rate with which nothing moves far.
+    still = {"freeze": ["moe", "towers"], "epochs": 1, "lr": 1e-9, **QUICK}
+    module: Any = zoo.finetune(rated, new, out=tmp_path / "run", **still)
+    before, after = tensors(rated), tensors(module.finetuned.checkpoint)
     assert module.catalogue.users == ("u3", "v0", "v1")
     assert module.catalogue.items == ("i2", "i3", "i5", "i9")
-    assert torch.equal(after["users.weight"][0], before["users.weight"][3])
-    assert torch.equal(after["items.weight"][:3], before["items.weight"][[2, 3, 5]])
-    assert not (after["users.weight"][1] == before["users.weight"]).all(1).any()
+    near = {"rtol": 0.0, "atol": 1e-6}
+    torch.testing.assert_close(after["users.weight"][0], before["users.weight"][3], **near)
+    torch.testing.assert_close(after["items.weight"][:3], before["items.weight"][[2, 3, 5]], **near)
+    far = after["users.weight"][1] - before["users.weight"]
+    assert far.abs().amax(1).min() > 1e-3
     assert module.watch_weight == 0.5
     kept = training.read_recipe(module.finetuned.checkpoint / "recipe.yaml")
     assert kept.options["model"]["watch_weight"] == 0.8, "it is trained as the base was"
     assert {outcome.protocol for outcome in module.finetuned.after} == {"ndcg", "recall", "rating"}
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "freeze", "message"),
+    [
+        (("u1", "v0", "v1"), ("i1", "i2", "i3"), "encoder",
+         "2 users the base does not know; leave users trainable: freeze=['items', 'moe', 'towers']."),
+        (("u1", "u2", "u3"), ("i1", "i2", "i9"), ["items", "towers"],
+         "1 item the base does not know; leave items trainable: freeze=['towers']."),
+        (("u1", "v0", "v1"), ("i1", "i8", "i9"), ["users", "items"],
+         "2 users and 2 items the base does not know; leave users and items trainable: leave out "
+         "freeze."),
+    ],
+)  # fmt: skip
+def test_what_the_base_does_not_know_is_not_frozen_as_it_was_drawn(
+    users: Any, items: Any, freeze: Any, message: str, rated: Path, tmp_path: Path
+) -> None:
+    new = ratings_of(tmp_path, users, items)
+    with pytest.raises(ConfigError) as caught:
+        zoo.finetune(rated, new, out=tmp_path / "run", freeze=freeze, epochs=1, **QUICK)
+    assert str(caught.value) == f"The data have {message}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_users_and_items_that_the_base_knows_can_be_frozen(rated: Path, tmp_path: Path) -> None:
+    new = ratings_of(tmp_path, ("u1", "u2", "u4"), ("i1", "i2", "i3"))
+    module: Any = zoo.finetune(
+        rated, new, out=tmp_path / "run", freeze=["users", "items"], epochs=1, **QUICK
+    )
+    before, after = tensors(rated), tensors(module.finetuned.checkpoint)
+    assert torch.equal(after["users.weight"], before["users.weight"][[1, 2, 4]])
+    assert torch.equal(after["items.weight"], before["items.weight"][[1, 2, 3]])
 
 
 def test_a_data_module(base: Path, four: Path, done: Any, tmp_path: Path) -> None:
