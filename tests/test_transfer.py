@@ -334,6 +334,13 @@ def test_bad_input(tmp_path: Path) -> None:
         transfer.run("austen", seeds=())
     with pytest.raises(ConfigError, match="at least one seed, and amounts of at least 1"):
         transfer.run("austen", amounts=[0])
+    with pytest.raises(ConfigError, match="at least one seed, and amounts of at least 1"):
+        transfer.run("austen", amounts=[])
+    for steps in (0, -1):
+        with pytest.raises(ConfigError, match=f"steps must be at least 1, got {steps}"):
+            transfer.run("austen", steps=steps)
+    with pytest.raises(ConfigError, match="new-classes learns in one pass; leave out steps"):
+        transfer.run("new-classes", steps=5)
     lm = published.write_weight(tmp_path / "lm")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"No novels in .*none: put Austen's there as \.txt"):

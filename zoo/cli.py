@@ -211,7 +211,7 @@ def _parser() -> _Parser:
     )
     sub.add_argument("--layer-decay", type=float, help="of the learning rate, per group of layers")
     sub.add_argument("--adapters", choices=["lora", "lora-fa"], help="train these alone")
-    sub.add_argument("--rank", type=int, default=8, help="of the adapters (8)")
+    sub.add_argument("--rank", type=int, help="of the adapters (8)")
     sub.add_argument("--alpha", type=float, help="scales the adapters by alpha / rank")
     sub.add_argument(
         "--target", action="append", metavar="LAYER", help="that gets one; may be repeated"

@@ -77,7 +77,7 @@ def finetune(
     freeze: str | Sequence[str] | None = None,
     layer_decay: float | None = None,
     adapters: Literal["lora", "lora-fa"] | None = None,
-    rank: int = 8,
+    rank: int | None = None,
     alpha: float | None = None,
     target: str | Sequence[str] | None = None,
     save_memory: bool = True,
@@ -110,7 +110,8 @@ def finetune(
         layer_decay: factor of the learning rate from a group of layers to the one before it.
         adapters: learn low-rank adapters alone, and a head that is new. They are merged in the end,
             and also saved alone, as `<out>/adapter.safetensors`.
-        rank, alpha, target: of the adapters; see `zoo.tuning.lora.add_lora`.
+        rank, alpha, target: of the adapters, with which alone they go; see
+            `zoo.tuning.lora.add_lora`. A rank of None is 8.
         save_memory: keep no more for the backward pass than it needs, while it trains; see
             `zoo.tuning.memory.save_memory`. The results stay the same to rounding. Not with
             strategy fsdp, where it changes nothing.
@@ -133,6 +134,11 @@ def finetune(
         ZooError: the run folder cannot be used.
         KeyboardInterrupt: the training was interrupted.
     """
+    if type(epochs) is not int or epochs < 1:
+        raise ConfigError(f"epochs must be an integer of at least 1, got {epochs!r}")
+    if rank is not None and adapters is None:
+        # Stored recipes name a rank always, so that FineTuning cannot tell.
+        raise ConfigError("rank is for adapters; choose lora or lora-fa")
     base, source, label, card, inherited = _base(model)
     entry = architecture_of(type(base))
     if entry.task in ("online-learning", "online-text-learning"):
@@ -159,7 +165,7 @@ def finetune(
                 "base_model": str(folder / _BASE) if in_memory else source,
                 "freeze": freeze if freeze is None or isinstance(freeze, str) else list(freeze),
                 "adapters": adapters,
-                "rank": rank,
+                "rank": 8 if rank is None else rank,
                 "alpha": alpha,
                 "target": [target] if isinstance(target, str) else target and list(target),
                 "save_memory": save_memory,
@@ -188,8 +194,6 @@ def finetune(
         },
         "data": options,
     }
-    if epochs < 1:
-        raise ConfigError(f"epochs must be at least 1, got {epochs}")
     recipe = training.make_recipe(values, overrides, Path(f"{tag}.yaml"))
     datamodule = training.data_module(recipe)
     datamodule.setup()
@@ -288,12 +292,12 @@ def _sizes(
     Raises:
         ConfigError: the data have other classes than were asked for.
     """
+    if not hasattr(base.config, "num_classes") and num_classes is not None:
+        raise ConfigError(f"{type(base).__name__} has no classes; leave out num_classes.")
     if hasattr(datamodule, "ratings"):
         ratings = datamodule.ratings
         return {"num_users": len(ratings.user_ids), "num_items": len(ratings.item_ids)}
     if not hasattr(base.config, "num_classes"):
-        if num_classes is not None:
-            raise ConfigError(f"{type(base).__name__} has no classes; leave out num_classes.")
         return {}
     have = len(datamodule.preprocessing.classes)
     wanted = base.config.num_classes if fixed and num_classes is None else num_classes

@@ -338,14 +338,16 @@ def run(
         base: in place of the example's: a name or a checkpoint folder.
         amounts: of data; None: the example's.
         seeds: of the few samples and of the trainings.
-        steps: of every training, about; None: the example's.
+        steps: of every training, about; None: the example's. Not of "new-classes", which learns in
+            one pass.
         out: folder of the runs; None: `runs/transfer/<name>`.
         data: where the data are looked for first; a file or a folder, by example.
         pretraining: `section.key=value` for the base of "new-users", which is trained here, without
             the users that are to be new.
 
     Raises:
-        ConfigError: there is no amount or no seed, or a finished run was made with other options.
+        ConfigError: there is no amount or no seed, a number is too small or does not apply, or a
+            finished run was made with other options.
         UnknownNameError: there is no such example.
         ZooError: a weight or data are not to be had, or a run is not possible.
     """
@@ -354,9 +356,14 @@ def run(
             f"No example {name!r}.{nearest(name, EXAMPLES)} There are: {', '.join(EXAMPLES)}."
         )
     example, source = EXAMPLES[name], None if data is None else Path(data)
-    amounts, steps = amounts or example.amounts, steps or example.steps
-    if not seeds or min(amounts) < 1:
+    amounts = example.amounts if amounts is None else amounts
+    if not seeds or min(amounts, default=0) < 1:
         raise ConfigError("transfer needs at least one seed, and amounts of at least 1.")
+    if steps is not None and not example.steps:
+        raise ConfigError(f"{name} learns in one pass; leave out steps.")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}.")
+    steps = example.steps if steps is None else steps
     # The same run counted twice would narrow the intervals.
     amounts, seeds = tuple(dict.fromkeys(amounts)), tuple(dict.fromkeys(seeds))
     folder = Path("runs") / "transfer" / name if out is None else Path(out)

@@ -24,9 +24,11 @@ from tests.tiny import ROOT, run, write_text
 from tests.tiny_images import CLASSES, SIZE, registered, write_folder, write_recipe
 from zoo import cards, checkpoints, evaluation, figures, finetuning, publishing, training
 from zoo.adaptation import ADAPTER_FILE
+from zoo.configs import build
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.files import CARD_FILE, CHECKPOINT_FILES, RESULTS_FILE, WEIGHTS_FILE
 from zoo.tuning import memory
+from zoo.tuning.config import FineTuning
 from zoo.tuning.lora import load_lora
 
 QUICK: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "progress_bar": False}
@@ -561,7 +563,21 @@ PICTURES = {
     "both": (lambda f: pictures(f, "a", "b"), {"adapters": "lora", "freeze": "encoder"},
              "adapters freeze everything else, so freeze must be left out"),
     "target": (lambda f: pictures(f, "a", "b"), {"target": "head"}, "target is for adapters"),
-    "epochs": (lambda f: pictures(f, "a", "b"), {"epochs": 0}, "epochs must be at least 1, got 0"),
+    "nothing to freeze": (lambda f: pictures(f, "a", "b"), {"freeze": []},
+                          "freeze is an empty list; name something, or leave it out"),
+    "no target": (lambda f: pictures(f, "a", "b"), {"adapters": "lora", "target": []},
+                  "target is an empty list; name something, or leave it out"),
+    "rank": (lambda f: pictures(f, "a", "b"), {"rank": 8}, "rank is for adapters; choose lora"),
+    "no rank": (lambda f: pictures(f, "a", "b"), {"rank": 0}, "rank is for adapters; choose lora"),
+    "alpha": (lambda f: pictures(f, "a", "b"), {"alpha": -1.0}, "alpha is for adapters; choose"),
+    "epochs": (lambda f: pictures(f, "a", "b"), {"epochs": 0},
+               "epochs must be an integer of at least 1, got 0"),
+    "half an epoch": (lambda f: pictures(f, "a", "b"), {"epochs": 1.5},
+                      "epochs must be an integer of at least 1, got 1.5"),
+    "epochs in words": (lambda f: pictures(f, "a", "b"), {"epochs": "3"},
+                        "epochs must be an integer of at least 1, got '3'"),
+    "no number": (lambda f: pictures(f, "a", "b"), {"epochs": True},
+                  "epochs must be an integer of at least 1, got True"),
     "rate": (lambda f: pictures(f, "a", "b"), {"lr": math.inf}, "lr must be positive and finite"),
     "weights": (lambda f: pictures(f, "a", "b"), {"weight_decay": math.nan},
                 "weight_decay must be finite and not negative, got nan"),
@@ -594,6 +610,18 @@ def test_a_module_whose_head_is_for_other_classes(base: Path, four: Path, tmp_pa
     module = zoo.load(base, num_classes=7)
     with pytest.raises(ConfigError, match=r"The data have 4 classes .* but the head is for 7"):
         zoo.finetune(module, four, out=tmp_path / "run", **QUICK)
+
+
+def test_a_recommender_has_no_classes(tmp_path: Path) -> None:
+    base = _untrained("dselect-k-recommender", tmp_path)
+    new = ratings_of(tmp_path, ("a", "b"), ("1", "2", "3"))
+    with pytest.raises(ConfigError, match=r"^Recommender has no classes; leave out num_classes\.$"):
+        zoo.finetune(base, new, num_classes=4, out=tmp_path / "run", **QUICK)
+
+
+def test_a_stored_recipe_names_a_rank_without_adapters() -> None:
+    stored = {"base_model": "a", "freeze": None, "adapters": None, "rank": 8, "alpha": None}
+    assert build(FineTuning, stored, "recipe.yaml") == FineTuning(base_model="a")
 
 
 def test_a_csv_without_the_columns(tmp_path: Path) -> None:

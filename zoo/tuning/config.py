@@ -23,7 +23,7 @@ class FineTuning:
     adapters: Literal["lora", "lora-fa"] | None = None
     """Learn low-rank adapters alone (and a head that is new), which are merged in the end."""
     rank: int = 8
-    """Of the adapters."""
+    """Of the adapters, if any."""
     alpha: float | None = None
     """Adapters are scaled by alpha / rank; null: by one."""
     target: tuple[str, ...] | None = None
@@ -34,5 +34,9 @@ class FineTuning:
     def __post_init__(self) -> None:
         if self.freeze is not None and self.adapters is not None:
             raise ValueError("adapters freeze everything else, so freeze must be left out")
-        if self.target is not None and self.adapters is None:
-            raise ValueError("target is for adapters; choose lora or lora-fa")
+        for name, value in (("alpha", self.alpha), ("target", self.target)):
+            if value is not None and self.adapters is None:
+                raise ValueError(f"{name} is for adapters; choose lora or lora-fa")
+        for name, names in (("freeze", self.freeze), ("target", self.target)):
+            if names == ():
+                raise ValueError(f"{name} is an empty list; name something, or leave it out")
