@@ -222,6 +222,11 @@ def _parser() -> _Parser:
         action="store_false",
         help="let PyTorch keep what it keeps, also what no backward pass needs",
     )
+    sub.add_argument(
+        "--recompute-blocks",
+        action="store_true",
+        help="keep the input of each block alone, for one more forward pass per step",
+    )
     sub.add_argument("--num-classes", type=int, help="that the data must have")
     sub.add_argument("--seed", type=_seed, default=0, help="makes the result repeatable (0)")
     sub.add_argument("--out", help="run folder; one that was interrupted goes on")
@@ -748,6 +753,7 @@ def _finetune(options: argparse.Namespace) -> int:
             alpha=options.alpha,
             target=options.target,
             save_memory=options.save_memory,
+            recompute_blocks=options.recompute_blocks,
             num_classes=options.num_classes,
             seed=options.seed,
             out=options.out,

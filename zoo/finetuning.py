@@ -81,6 +81,7 @@ def finetune(
     alpha: float | None = None,
     target: str | Sequence[str] | None = None,
     save_memory: bool = True,
+    recompute_blocks: bool = False,
     num_classes: int | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
@@ -115,6 +116,8 @@ def finetune(
         save_memory: keep no more for the backward pass than it needs, while it trains; see
             `zoo.tuning.memory.save_memory`. The results stay the same to rounding. Not with
             strategy fsdp, where it changes nothing.
+        recompute_blocks: keep the input of each block alone for the backward pass, at one more
+            forward pass per step; for transformers, see `zoo.tuning.memory.checkpoint_blocks`.
         num_classes: how many classes the data must have; None: as many as they have.
         seed: of a new head, of adapters, and of the order of the data.
         out: run folder; None: `runs/<name>`.
@@ -169,6 +172,7 @@ def finetune(
                 "alpha": alpha,
                 "target": [target] if isinstance(target, str) else target and list(target),
                 "save_memory": save_memory,
+                "recompute_blocks": recompute_blocks,
             },
         },
         "seed_everything": seed,

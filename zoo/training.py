@@ -535,7 +535,7 @@ def fit(
     from lightning.pytorch.strategies import FSDPStrategy
 
     from zoo import checkpoints
-    from zoo.tuning.memory import restore_memory, save_memory
+    from zoo.tuning.memory import checkpoint_blocks, restore_memory, save_memory
 
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
@@ -571,6 +571,7 @@ def fit(
                     )
         cli.datamodule.setup("fit")
         sharded = isinstance(cli.trainer.strategy, FSDPStrategy)
+        recomputes = recipe.finetune is not None and recipe.finetune.recompute_blocks
         if recipe.finetune is not None:
             from zoo import adaptation
 
@@ -578,6 +579,11 @@ def fit(
                 raise ConfigError("Adapters do not go with strategy fsdp; choose ddp.")
             seed = int(resolved["seed_everything"])
             adaptation.prepare(cli.model, cli.datamodule, recipe.finetune, seed=seed, base=base)
+        if recomputes:
+            try:
+                checkpoint_blocks(cli.model.network)
+            except ValueError as error:
+                raise ConfigError(f"recompute_blocks: {error}.") from None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_bytes(folder / "recipe.yaml", _to_yaml(resolved).encode())
@@ -601,6 +607,8 @@ def fit(
                 )
         finally:
             restore_memory(cli.model.network)
+            if recomputes:
+                checkpoint_blocks(cli.model.network, on=False)
 
     cli.model.eval()
     checkpoint = folder / "checkpoint"

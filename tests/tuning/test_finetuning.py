@@ -24,7 +24,7 @@ from tests.tiny import ROOT, run, write_text
 from tests.tiny_images import CLASSES, SIZE, registered, write_folder, write_recipe
 from zoo import cards, checkpoints, evaluation, figures, finetuning, publishing, training
 from zoo.adaptation import ADAPTER_FILE
-from zoo.configs import build
+from zoo.configs import build, to_json
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.files import CARD_FILE, CHECKPOINT_FILES, RESULTS_FILE, WEIGHTS_FILE
 from zoo.tuning import memory
@@ -227,6 +227,56 @@ def test_saving_memory_changes_memory_alone(
     assert not torch.equal(saved["conv.bias"], tensors(base)["conv.bias"])
 
 
+def test_blocks_computed_again_change_memory_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights after two steps; an ordinary network and an ordinary recipe."""
+    from zoo.families.cached_transformers import language_model
+
+    again: list[torch.nn.Module] = []
+
+    def checkpoint(block: torch.nn.Module, *inputs: Any, **options: Any) -> Any:
+        again.append(block)
+        return recompute(block, *inputs, **options)
+
+    recompute = language_model.checkpoint
+    monkeypatch.setattr(language_model, "checkpoint", checkpoint)
+    lm = published.write_weight(tmp_path / "lm")
+    text = write_text(tmp_path, 60)
+    few = ["data.streams=4", "trainer.max_steps=2"]
+    found = []
+    for on in (False, True):
+        out = tmp_path / str(on)
+        zoo.finetune(lm, text, epochs=1, out=out, recompute_blocks=on, overrides=few, **QUICK)
+        found.append(tensors(out / "checkpoint"))
+        assert bool(again) == on
+        assert ("recompute_blocks: true" in (out / "recipe.yaml").read_text()) == on
+    plain, recomputed = found
+    for name, tensor in plain.items():
+        torch.testing.assert_close(recomputed[name], tensor, rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(tensor, tensors(lm)[name]) for name, tensor in plain.items())
+
+
+def test_blocks_are_kept_again_after_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lightning.pytorch as pl
+
+    seen: list[Any] = []
+
+    def fit(trainer: Any, model: Any, **options: Any) -> None:
+        assert model.network.recompute_blocks
+        seen.append(model.network)
+        raise ZooError("Enough.")
+
+    lm = published.write_weight(tmp_path / "lm")
+    text = write_text(tmp_path, 60)
+    monkeypatch.setattr(pl.Trainer, "fit", fit)
+    with pytest.raises(ZooError, match="Enough"):
+        zoo.finetune(lm, text, out=tmp_path / "run", recompute_blocks=True, **QUICK)
+    assert not seen[0].recompute_blocks
+
+
 def test_memory_is_plain_again_after_an_error(
     base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +332,7 @@ def test_the_command_on_a_text(tmp_path: Path) -> None:
     text = write_text(tmp_path, 60)
     words = ["finetune", lm, "--data", text, "--epochs", 1, "--out", tmp_path / "run"]
     words += ["--layer-decay", 0.5, "--freeze", "embedding", "--accelerator", "cpu"]
-    words += ["--no-save-memory"]
+    words += ["--no-save-memory", "--recompute-blocks"]
     said = run(*words, "data.streams=4", "--json")
     assert said.status == 0, said.err
     assert {o["protocol"] for o in said.json["after"]} == {"stream", "blocks"}
@@ -293,6 +343,7 @@ def test_the_command_on_a_text(tmp_path: Path) -> None:
     assert recipe.finetune is not None
     assert recipe.finetune.freeze == "embedding"
     assert not recipe.finetune.save_memory
+    assert recipe.finetune.recompute_blocks
     again = run(*words, "data.streams=4")
     assert again.status == 0, again.err
     assert again.out.startswith("protocol  metric")
@@ -509,6 +560,10 @@ def test_a_run_from_before_an_option_existed_goes_on() -> None:
     before = {"model": {"lr": 1.0}, "x": None}
     assert training._agree(before, {"model": {"lr": 1.0, "layer_decay": None}, "x": None})
     assert not training._agree(before, {"model": {"lr": 1.0, "layer_decay": 0.5}, "x": None})
+    stored = to_json(FineTuning(base_model="a"))
+    assert "recompute_blocks" not in stored, "a recipe without it is that of a run without it"
+    assert training._agree(stored, to_json(FineTuning(base_model="a", recompute_blocks=False)))
+    assert not training._agree(stored, to_json(FineTuning(base_model="a", recompute_blocks=True)))
     assert not training._agree(before, {"model": {"lr": 2.0}, "x": None})
     assert not training._agree({"model": {"lr": 1.0, "gone": 1}}, {"model": {"lr": 1.0}})
 
@@ -570,6 +625,8 @@ PICTURES = {
     "rank": (lambda f: pictures(f, "a", "b"), {"rank": 8}, "rank is for adapters; choose lora"),
     "no rank": (lambda f: pictures(f, "a", "b"), {"rank": 0}, "rank is for adapters; choose lora"),
     "alpha": (lambda f: pictures(f, "a", "b"), {"alpha": -1.0}, "alpha is for adapters; choose"),
+    "blocks": (lambda f: pictures(f, "a", "b"), {"recompute_blocks": True},
+               "recompute_blocks: TinyNet has no blocks that can be computed again; a network "),
     "epochs": (lambda f: pictures(f, "a", "b"), {"epochs": 0},
                "epochs must be an integer of at least 1, got 0"),
     "half an epoch": (lambda f: pictures(f, "a", "b"), {"epochs": 1.5},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from zoo.configs import omit_default
+
 __all__ = ["FineTuning"]
 
 
@@ -30,6 +32,8 @@ class FineTuning:
     """Layers that get an adapter; null: all linear ones and 1x1 convolutions but a new head."""
     save_memory: bool = True
     """Keep no more for the backward pass than it needs; the results stay the same to rounding."""
+    recompute_blocks: bool = omit_default(False)
+    """Keep the input of each block alone, and compute the rest again in the backward pass."""
 
     def __post_init__(self) -> None:
         if self.freeze is not None and self.adapters is not None:
