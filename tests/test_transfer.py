@@ -317,6 +317,15 @@ def test_the_readme_shows_what_is_kept() -> None:
             assert len(point["seeds"]) >= 3
 
 
+def test_every_example_is_named_where_people_look() -> None:
+    home = shipped_folder("model_cards").parent
+    readme = (home / "README.md").read_text(encoding="utf-8").split("<!-- zoo:transfer -->")[0]
+    said = "".join(run("transfer", "--help").out.split())  # long names are broken at hyphens
+    for name in EXAMPLES:
+        assert name in readme
+        assert name in said
+
+
 def test_every_example_has_a_recipe_of_its_base() -> None:
     assert len(EXAMPLES) == 6
     for example in EXAMPLES.values():

@@ -136,8 +136,12 @@ def needs_new_head(module: ZooModule, base: ZooModule) -> bool:
     return base.preprocessing.classes not in known
 
 
-def finish(module: ZooModule, folder: Path) -> None:
+def finish(module: ZooModule, folder: Path | None) -> None:
     """Save adapters alone into a run folder, and merge them, so that the network is a plain one.
+
+    Args:
+        module: as trained.
+        folder: the run folder; None, in all processes but the first, saves nothing.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -145,8 +149,9 @@ def finish(module: ZooModule, folder: Path) -> None:
     network = module.network
     if not lora_layers(network):
         return
-    parameters = dict(network.named_parameters())
-    beside = [name for name in module.head_parameters if parameters[name].requires_grad]
-    save_lora(network, folder / ADAPTER_FILE, beside=beside)
+    if folder is not None:
+        parameters = dict(network.named_parameters())
+        beside = [name for name in module.head_parameters if parameters[name].requires_grad]
+        save_lora(network, folder / ADAPTER_FILE, beside=beside)
     merge_lora(network)
     remove_lora(network)

@@ -257,7 +257,11 @@ def _parser() -> _Parser:
     sub.add_argument("--readme", metavar="FILE", help="write the table into this README")
 
     sub = command("transfer", _transfer, "fine-tuning against training from scratch on few data")
-    sub.add_argument("name", help="of a worked example, as austen")
+    sub.add_argument(
+        "name",
+        help="of a worked example: austen, cifar100-to-fashion-mnist, cifar100-to-coarse, "
+        "mnist-to-fashion-mnist, new-users, new-classes",
+    )
     sub.add_argument("--base", help="another weight or a checkpoint folder")
     sub.add_argument("--amounts", type=int, nargs="+", help="of data, in the example's unit")
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

@@ -198,7 +198,7 @@ def finetune(
         },
         "data": options,
     }
-    recipe = training.make_recipe(values, overrides, Path(f"{tag}.yaml"))
+    recipe = training.make_recipe(values, overrides, Path(f"{tag}.yaml"), is_file=False)
     datamodule = training.data_module(recipe)
     datamodule.setup()
     recipe.options["model"]["network"].update(
@@ -323,6 +323,8 @@ def detect(path: str | os.PathLike[str]) -> str:
     Raises:
         DataError: there is nothing, or nothing that is known.
     """
+    from zoo.data.images import IMAGE_SUFFIXES  # here, since it imports torch
+
     path = Path(path).expanduser()
     kinds = "; ".join(_KINDS.values())
     if path.is_dir():
@@ -332,6 +334,8 @@ def detect(path: str | os.PathLike[str]) -> str:
     if not path.exists():
         near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"There is no file or folder {path}.{nearest(str(path), near)}")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise DataError(f"{path} is one picture; give {_KINDS['images']}.")
     return "ratings" if path.suffix.lower() == ".csv" else "text"
 
 

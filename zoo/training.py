@@ -100,6 +100,7 @@ class Recipe:
         finetune: which weights to start from; None: from scratch.
         options: sections `seed_everything`, `trainer`, `model`, `data`.
         path: where it was read.
+        where: what messages about it begin with.
     """
 
     architecture: str
@@ -111,6 +112,7 @@ class Recipe:
     differs: str = ""
     against: str = ""
     finetune: FineTuning | None = None
+    where: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,53 +175,58 @@ def read_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     return make_recipe(_read_yaml(path), overrides, path)
 
 
-def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: Path) -> Recipe:
+def make_recipe(
+    values: dict[str, Any], overrides: Sequence[str], path: Path, *, is_file: bool = True
+) -> Recipe:
     """A recipe of what its file would hold.
 
     Args:
         values: the sections; they are changed.
         overrides: as of `read_recipe`.
         path: where they come from, for messages and for the name of the run folder.
+        is_file: whether there is such a file; else messages do not begin with it.
 
     Raises:
         ConfigError: these are no sections of a recipe, or an override is malformed.
         UnknownNameError: no such architecture or data module.
     """
+    where = f"{path}: " if is_file else ""
     _drop_empty(values)
     for override in overrides:
         _apply(values, override)
-    _check_keys(values, str(path))
+    _check_keys(values, where)
     header = values.pop("zoo")
     for key in values:
         if key not in _SECTIONS:
-            raise ConfigError(f"{path}: unknown section {key!r}.{nearest(key, _SECTIONS)}")
+            raise ConfigError(f"{where}unknown section {key!r}.{nearest(key, _SECTIONS)}")
     for key in header:
         if key not in _ZOO_KEYS:
-            raise ConfigError(f"{path}: unknown key zoo.{key}.{nearest(key, _ZOO_KEYS)}")
+            raise ConfigError(f"{where}unknown key zoo.{key}.{nearest(key, _ZOO_KEYS)}")
     for section in _OF_KEYS:
         if not isinstance(values.get(section, {}), dict):
-            raise ConfigError(f"{path}: section {section!r} must hold keys.")
+            raise ConfigError(f"{where}section {section!r} must hold keys.")
     for key in ("architecture", "data"):
         if not isinstance(header.get(key), str):
-            raise ConfigError(f"{path}: section 'zoo' needs {key!r}.")
+            raise ConfigError(f"{where}section 'zoo' needs {key!r}.")
     for key in ("weight", "name", "differs", "against"):
         if not isinstance(header.get(key), (str, type(None))):
-            raise ConfigError(f"{path}: zoo.{key} must be text, got {header[key]!r}.")
+            raise ConfigError(f"{where}zoo.{key} must be text, got {header[key]!r}.")
     architecture(header["architecture"])
     if header["data"] not in DATA_MODULES:
         raise UnknownNameError(
-            f"{path}: unknown data module {header['data']!r}."
+            f"{where}unknown data module {header['data']!r}."
             f"{nearest(header['data'], DATA_MODULES)}"
             f" There are: {', '.join(DATA_MODULES)}."
         )
     finetune = header.get("finetune")
     return Recipe(
-        finetune=finetune and build(FineTuning, finetune, f"{path}: zoo.finetune"),
+        finetune=finetune and build(FineTuning, finetune, f"{where}zoo.finetune"),
         architecture=header["architecture"],
         data=header["data"],
         weight=header.get("weight") or "",
         options=values,
         path=path,
+        where=where,
         name=header.get("name") or "",
         differs=header.get("differs") or "",
         against=header.get("against") or "",
@@ -237,7 +244,7 @@ def _check_keys(values: dict[Any, Any], where: str) -> None:
     """Check that all keys are text: YAML makes numbers, dates and truth values of what looks so."""
     for key, value in values.items():
         if not isinstance(key, str):
-            raise ConfigError(f"{where}: keys must be text, got {key!r}; put it in quotes.")
+            raise ConfigError(f"{where}keys must be text, got {key!r}; put it in quotes.")
         if isinstance(value, dict):
             _check_keys(value, where)
 
@@ -379,7 +386,7 @@ def _cli(recipe: Recipe, trainer: dict[str, Any], *, build: bool = True) -> Any:
             if isinstance(cause, ZooError):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
-        raise ConfigError(f"{recipe.path}: {_one_line(error)}") from error
+        raise ConfigError(f"{recipe.where}{_one_line(error)}") from error
 
 
 def check_finished(recipe: Recipe, folder: Path) -> None:
@@ -463,15 +470,15 @@ def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) 
     known = inspect.signature(data_class).parameters
     for key in options:
         if key not in known:
-            raise ConfigError(f"{recipe.path}: unknown option data.{key}.{nearest(key, known)}")
+            raise ConfigError(f"{recipe.where}unknown option data.{key}.{nearest(key, known)}")
     hints = typing.get_type_hints(data_class.__init__)
     for key, value in options.items():
         if dataclasses.is_dataclass(hints.get(key)):
-            options[key] = build(hints[key], value, f"{recipe.path}: data.{key}")
+            options[key] = build(hints[key], value, f"{recipe.where}data.{key}")
     try:
         return data_class(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{recipe.path}: {error}") from None
+        raise ConfigError(f"{recipe.where}{error}") from None
 
 
 def options_of(datamodule: Any) -> tuple[str, dict[str, Any]]:
@@ -612,9 +619,10 @@ def fit(
 
     cli.model.eval()
     checkpoint = folder / "checkpoint"
-    if cli.trainer.is_global_zero:
-        if recipe.finetune is not None:
-            adaptation.finish(cli.model, folder)
+    first = cli.trainer.is_global_zero
+    if recipe.finetune is not None:
+        adaptation.finish(cli.model, folder if first else None)
+    if first:
         if sharded:
             checkpoints.convert(last, checkpoint)  # each process has a part of the weights only
         else:

@@ -29,7 +29,7 @@ from zoo.errors import ConfigError, DataError, ZooError
 from zoo.files import CARD_FILE, CHECKPOINT_FILES, RESULTS_FILE, WEIGHTS_FILE
 from zoo.tuning import memory
 from zoo.tuning.config import FineTuning
-from zoo.tuning.lora import load_lora
+from zoo.tuning.lora import load_lora, lora_layers
 
 QUICK: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "progress_bar": False}
 IMAGES: dict[str, Any] = {**QUICK, "epochs": 3, "lr": 0.05, "overrides": ["data.batch_size=8"]}
@@ -315,6 +315,27 @@ def test_adapters_are_merged_and_saved_alone(variant: Any, tmp_path: Path) -> No
     assert module.finetuned.after[0].value < module.finetuned.before[0].value
 
 
+def test_processes_but_the_first_get_a_plain_network_and_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lightning.pytorch as pl
+
+    lm = published.write_weight(tmp_path / "lm")
+    text = write_text(tmp_path, 60)
+    options: dict[str, Any] = {"epochs": 1, "adapters": "lora", "rank": 2, **QUICK}
+    zoo.finetune(lm, text, out=tmp_path / "one", overrides=["trainer.max_steps=1"], **options)
+    assert (tmp_path / "one" / ADAPTER_FILE).is_file()
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
+    other = training.fit(tmp_path / "one" / "recipe.yaml", out=tmp_path / "other")
+    assert not (tmp_path / "other" / ADAPTER_FILE).exists()
+    assert not other.checkpoint.exists()
+    assert not lora_layers(other.module.network)
+    theirs, ours = other.module.network.state_dict(), tensors(tmp_path / "one" / "checkpoint")
+    assert ours.keys() <= theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(theirs[name], tensor), name
+
+
 def test_adapters_beside_a_new_head(base: Path, four: Path, tmp_path: Path) -> None:
     """The tiny classifier has no layer for one but its head, which is new and learns whole."""
     with pytest.raises(
@@ -409,7 +430,8 @@ def test_users_and_items_keep_their_vectors_by_id(rated: Path, tmp_path: Path) -
     ("users", "items", "freeze", "message"),
     [
         (("u1", "v0", "v1"), ("i1", "i2", "i3"), "encoder",
-         "2 users the base does not know; leave users trainable: freeze=['items', 'moe', 'towers']."),
+         "2 users the base does not know; leave users trainable: freeze=['items', 'moe', "
+         "'towers']."),
         (("u1", "u2", "u3"), ("i1", "i2", "i9"), ["items", "towers"],
          "1 item the base does not know; leave items trainable: freeze=['towers']."),
         (("u1", "v0", "v1"), ("i1", "i8", "i9"), ["users", "items"],
@@ -606,6 +628,8 @@ PICTURES = {
     "missing": (lambda f: f / "no", {}, "There is no file or folder "),
     "a text": (lambda f: file(f, "a.txt", b"text"), {},
                "learns from a folder with one folder of pictures for each class, but "),
+    "one picture": (lambda f: pictures(f, "a") / "a" / "1.png", {},
+                    "1.png is one picture; give a folder with one folder of pictures for each"),
     "classes": (lambda f: pictures(f, "a", "b"), {"num_classes": 3},
                 "The data have 2 classes (a, b), but the head is for 3: give num_classes=2, or"),
     "pattern": (lambda f: pictures(f, "a", "b"), {"freeze": ["nrom"]},
@@ -660,6 +684,7 @@ def test_bad_input_is_one_line_before_anything_starts(
         zoo.finetune(base, data, out=tmp_path / "run", **{**QUICK, **options})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert ".yaml" not in str(caught.value), "there is no such file"
     assert not (tmp_path / "run").exists()
 
 

@@ -37,6 +37,7 @@ from zoo.progress import track
 __all__ = [
     "CIFAR100_COARSE",
     "IMAGE_SETS",
+    "IMAGE_SUFFIXES",
     "AugmentConfig",
     "ImageBatch",
     "ImageDataModule",
@@ -302,9 +303,10 @@ def _stack(images: Sequence[NDArray[np.uint8]], where: str) -> Tensor:
     return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
 
 
-_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+"""Of files that are taken for pictures, in lower case."""
 
 
 def read_image_folder(
@@ -334,7 +336,7 @@ def read_image_folder(
             f"{path} has {found}; it needs one folder of pictures for each of two or more classes."
         )
     files = [
-        [p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in _SUFFIXES]
+        [p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
         for name in classes
     ]
     for name, of_class in zip(classes, files, strict=True):
@@ -968,7 +970,7 @@ def _test_part(root: Path) -> str | None:
 def _has_classes(folder: Path) -> bool:
     """Whether there are folders rather than pictures in a folder."""
     inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
-    pictures = any(p.suffix.lower() in _SUFFIXES for p in inside if p.is_file())
+    pictures = any(p.suffix.lower() in IMAGE_SUFFIXES for p in inside if p.is_file())
     return not pictures and any(p.is_dir() for p in inside)
 
 
