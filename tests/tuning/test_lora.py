@@ -107,6 +107,41 @@ def test_a_pointwise_convolution_is_a_linear_layer_at_each_place(kind: str) -> N
     torch.testing.assert_close(layer(x), plain)
 
 
+@pytest.mark.parametrize("kind", ["linear", "plain", "strided", "padded"])
+def test_it_computes_and_learns_as_peft_does(kind: str) -> None:
+    """With the same A and B: output, gradients of A, B and input, and the merged weight."""
+    peft = pytest.importorskip("peft")
+    layer = nn.Linear(5, 7) if kind == "linear" else convolution(kind)
+    ours = nn.Sequential(layer).double()
+    theirs = copy.deepcopy(ours)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
+    peft.inject_adapter_in_model(config, theirs)
+    add_lora(ours, rank=3, alpha=6.0)
+    move(ours)
+    adapter: Any = theirs[0]
+    pairs = [
+        (ours[0].lora_a, adapter.lora_A["default"].weight),
+        (ours[0].lora_b, adapter.lora_B["default"].weight),
+    ]
+    with torch.no_grad():
+        for own, other in pairs:
+            assert other.shape == own.shape
+            other.copy_(own)
+    shape = (2, 4, 5) if kind == "linear" else (2, 5, 6, 4)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y, expected = ours(x), theirs(x)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    grads = [
+        torch.autograd.grad(out, (x, *(pair[index] for pair in pairs)), g)
+        for index, out in enumerate((y, expected))
+    ]
+    torch.testing.assert_close(*grads)
+    merge_lora(ours)
+    adapter.merge()
+    torch.testing.assert_close(ours[0]._parameters["weight"], adapter.get_base_layer().weight)
+
+
 def test_it_starts_as_peft_does() -> None:
     """B is zero; A is Kaiming-uniform with a = sqrt(5): uniform within 1 / sqrt(fan-in)."""
     layer = nn.Sequential(nn.Linear(400, 300))
