@@ -99,9 +99,10 @@ def test_a_language_model_on_novels(tmp_path: Path) -> None:
     assert [point["values"] for point in stored["points"]] == [list(p.values) for p in points]
     assert stored["command"] == "zoo transfer austen --amounts 300 --seeds 1 2 --steps 2"
     assert stored["base"] == str(lm), "not the example's, which had no part in it"
-    again = transfer.run(
-        "austen", base=lm, amounts=[300, 300], seeds=(2, 1, 2), steps=2, out=tmp_path / "out"
+    meet = functools.partial(
+        transfer.run, "austen", base=lm, amounts=[300], steps=2, out=tmp_path / "out", data=tmp_path
     )
+    again = meet(amounts=[300, 300], seeds=(2, 1, 2))
     assert [p.seeds for p in again] == [(2, 1)] * len(points), "each seed is counted once"
     assert [p.values for p in again] == [p.values[::-1] for p in points]
     for options, message in (
@@ -113,6 +114,15 @@ def test_a_language_model_on_novels(tmp_path: Path) -> None:
             transfer.run("austen", amounts=[300], seeds=(1,), out=tmp_path / "out", **options)
         assert "was made with other options" in str(caught.value)
         assert str(caught.value).endswith("choose another --out.")
+    folder = tmp_path / "out" / "amount_300" / "seed_1"
+    learned = (folder / "text.txt").read_bytes()
+    (tmp_path / "a.txt").write_text("other words " * 200)
+    assert meet(seeds=(1,))[0].n == held // 4, "what is finished is not written again"
+    (folder / "LoRA" / "outcome.json").rename(tmp_path / "kept.json")
+    with pytest.raises(ConfigError, match=r"seed_1 was made with other data; choose another --out"):
+        meet(seeds=(1,))
+    assert (folder / "text.txt").read_bytes() == learned
+    assert not (folder / "LoRA" / "outcome.json").exists()
     table = (tmp_path / "out" / "transfer.md").read_text()
     assert table.startswith("# Tiny Shakespeare to Austen's novels\n\nData in bytes.\n\n| training")
     assert table.count("\n| ") == 2 + len(points)
@@ -177,6 +187,28 @@ def test_an_ensemble_meets_new_classes(few: None, tmp_path: Path) -> None:
         "new-classes", base=tmp_path / "other", amounts=[2], seeds=(1, 2), out=tmp_path / "out"
     )
     assert again == points
+
+
+def test_data_are_compared_with_those_of_finished_runs(few: None, tmp_path: Path) -> None:
+    example = EXAMPLES["mnist-to-fashion-mnist"]
+    where, done = tmp_path / "seed_1", [tmp_path / "seed_1" / arm for arm in ("a", "b")]
+    path, _ = transfer._write_data(where, [], example, 2, 1, None)
+    digest = transfer._digest(path)
+    for arm, data in zip(done, (digest, None), strict=True):  # the other is from before
+        arm.mkdir()
+        (arm / "outcome.json").write_text(json.dumps({} if data is None else {"data": data}))
+    stray = path / "train" / "000 shirt" / "stray.png"
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"of other data")
+    assert transfer._digest(path) != digest
+    path, _ = transfer._write_data(where, done, example, 2, 1, None)
+    assert not stray.exists()
+    assert transfer._digest(path) == digest
+    with pytest.raises(ConfigError, match="seed_1 was made with other data"):
+        transfer._write_data(where, done, example, 2, 2, None)
+    assert transfer._digest(path) == digest
+    other, _ = transfer._write_data(where, done[1:], example, 2, 2, None)
+    assert transfer._digest(other) != digest
 
 
 def write_ratings(folder: Path) -> Path:

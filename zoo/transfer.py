@@ -11,7 +11,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +154,8 @@ def _few(dataset: str) -> Callable[[Path, int, int, Path | None], tuple[Path, di
             generator.choice(members, min(amount, len(members)), replace=False)
             for members in _members(train)
         ]
+        for part in ("train", "test"):  # where pictures of other data may lie
+            shutil.rmtree(folder / part, ignore_errors=True)
         _write_pictures(folder / "train", train, np.concatenate(rows), names)
         # The first of each class, whatever the seed.
         test = ImageSplit(data.test_images, data.test_labels)
@@ -347,7 +352,8 @@ def run(
 
     Raises:
         ConfigError: there is no amount or no seed, a number is too small or does not apply, or a
-            finished run was made with other options.
+            finished run was made with other options or other data; the latter is looked at where
+            other runs of the same amount and seed are missing.
         UnknownNameError: there is no such example.
         ZooError: a weight or data are not to be had, or a run is not possible.
     """
@@ -385,11 +391,13 @@ def run(
     for amount, seed, where in track(jobs, name):
         if not all((where / arm / _OUTCOME).is_file() for arm in arms):
             where.mkdir(parents=True, exist_ok=True)
-            path, options = example.write(where, amount, seed, source)
+            done = [where / arm for arm in arms if (where / arm / _OUTCOME).is_file()]
+            path, options = _write_data(where, done, example, amount, seed, source)
+            digest = _digest(path)
             if name == "new-classes":
-                _learn_classes(where, path, start)
+                _learn_classes(where, path, start, digest)
             else:
-                _train(where, example, start, path, options, seed, steps)
+                _train(where, example, start, path, options, seed, steps, digest)
         for arm in arms:
             found.setdefault((arm, amount), []).append(_outcome(where / arm))
     return _points(found, seeds)
@@ -427,6 +435,39 @@ def _check_finished(run: Path, base: str | os.PathLike[str], steps: int) -> None
                 f"{run} was made with other options ({key} was {known!r}, not {now!r}); choose "
                 f"another --out."
             )
+
+
+def _write_data(
+    where: Path,
+    done: Sequence[Path],
+    example: Example,
+    amount: int,
+    seed: int,
+    source: Path | None,
+) -> tuple[Path, dict[str, Any]]:
+    """Write the data of an amount and a seed, of which some runs may be done.
+
+    Raises:
+        ConfigError: those learned from other data; what was written for them is left as it is.
+    """
+    before = {read_json(run / _OUTCOME).get("data") for run in done} - {None}
+    if before:
+        with tempfile.TemporaryDirectory() as folder:
+            path, _ = example.write(Path(folder), amount, seed, source)
+            now = _digest(path)
+        if before != {now}:
+            raise ConfigError(f"{where} was made with other data; choose another --out.")
+    return example.write(where, amount, seed, source)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of names and contents of the pictures that lie in a folder."""
+    pictures = [p for part in ("train", "test") for p in sorted((path / part).rglob("*.png"))]
+    found = hashlib.sha256()
+    for file in [path] if path.is_file() else pictures:
+        content = file.read_bytes()
+        found.update(f"{file.relative_to(path)} {len(content)} ".encode() + content)
+    return found.hexdigest()
 
 
 def _same(a: str | int, b: str | int) -> bool:
@@ -472,6 +513,7 @@ def _train(
     options: dict[str, Any],
     seed: int,
     steps: int,
+    digest: str,
 ) -> None:
     for way, changes in example.ways.items():
         if (where / way / _OUTCOME).is_file():
@@ -482,7 +524,7 @@ def _train(
         tuned = finetuning.finetune(
             base, path, epochs=steps, seed=seed, out=where / way, overrides=overrides, **changes
         )
-        _keep(where / way, tuned.finetuned.after[0], base)
+        _keep(where / way, tuned.finetuned.after[0], base, digest)
     if not (where / SCRATCH / _OUTCOME).is_file():
         recipe = training.read_recipe(where / PRETRAINED / "checkpoint" / "recipe.yaml")
         optimizer = recipe.options["model"]["optimizer"]
@@ -492,10 +534,10 @@ def _train(
         )
         module = checkpoints.load(done.checkpoint)
         measured = evaluation.evaluate_module(module, training.data_module(recipe))
-        _keep(where / SCRATCH, measured[0], base)
+        _keep(where / SCRATCH, measured[0], base, digest)
 
 
-def _learn_classes(where: Path, path: Path, base: str | os.PathLike[str]) -> None:
+def _learn_classes(where: Path, path: Path, base: str | os.PathLike[str], digest: str) -> None:
     """New classes go into the stream after those that are known; from scratch, into an empty
     learner behind the same encoder with random weights."""
     folder, card = hub.resolve(base)
@@ -516,12 +558,13 @@ def _learn_classes(where: Path, path: Path, base: str | os.PathLike[str]) -> Non
         truth = [names[label] for label in data.test_labels.tolist()]
         known_now = len(module.preprocessing.classes)
         ranked = [p.classes for p in module.predict(data.test_images, top_k=known_now)]
-        _keep(where / arm, _accuracy([classes[0] for classes in ranked], truth, "all"), base)
+        first_choice = [classes[0] for classes in ranked]
+        _keep(where / arm, _accuracy(first_choice, truth, "all"), base, digest)
         if first:
             # One of twenty is harder to tell than one of ten, which is what the other learned.
             new = set(names)
             labels = [next(name for name in classes if name in new) for classes in ranked]
-            _keep(where / _AMONG_NEW, _accuracy(labels, truth, "the new"), base)
+            _keep(where / _AMONG_NEW, _accuracy(labels, truth, "the new"), base, digest)
 
 
 def _accuracy(labels: Sequence[str], truth: Sequence[str], among: str) -> Outcome:
@@ -538,17 +581,18 @@ def _accuracy(labels: Sequence[str], truth: Sequence[str], among: str) -> Outcom
     )
 
 
-def _keep(folder: Path, outcome: Outcome, base: str | os.PathLike[str]) -> None:
+def _keep(folder: Path, outcome: Outcome, base: str | os.PathLike[str], digest: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(outcome)
     kept = ("metric", "value", "n", "interval", "interval_method", "protocol")
     stored = {key: values[key] for key in kept}
-    write_json(folder / _OUTCOME, {**stored, "base": os.fspath(base)})
+    write_json(folder / _OUTCOME, {**stored, "base": os.fspath(base), "data": digest})
 
 
 def _outcome(folder: Path) -> Outcome:
     stored = read_json(folder / _OUTCOME)
-    stored.pop("base", None)
+    for key in ("base", "data"):
+        stored.pop(key, None)
     low, high = stored.pop("interval")
     return Outcome(unit="sample", interval=(low, high), **stored)
 
