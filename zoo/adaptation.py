@@ -94,10 +94,10 @@ def prepare(
             unfreeze(network, head)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ConfigError(f"freeze={how.freeze!r} leaves nothing to train.")
-    _check_new_rows(module, base)
+    _check_new_rows(module, base, how)
 
 
-def _check_new_rows(module: ZooModule, base: ZooModule) -> None:
+def _check_new_rows(module: ZooModule, base: ZooModule, how: FineTuning) -> None:
     """Check that what the base does not know of the data, and was drawn, will be learned.
 
     Raises:
@@ -114,9 +114,10 @@ def _check_new_rows(module: ZooModule, base: ZooModule) -> None:
     said = " and ".join(f"{n} {what if n > 1 else what[:-1]}" for what, n in unknown.items())
     rest = dict.fromkeys(name.partition(".")[0] for name in sizes if name in frozen)
     parts = [part for part in rest if part not in unknown]
+    advice = f"freeze={parts}" if parts else "leave out freeze"
     raise ConfigError(
         f"The data have {said} the base does not know; leave {' and '.join(unknown)} trainable: "
-        + (f"freeze={parts}." if parts else "leave out freeze.")
+        f"{advice}{' in place of adapters' if how.adapters else ''}."
     )
 
 

@@ -22,13 +22,23 @@ import zoo
 from tests.hub import published
 from tests.tiny import ROOT, run, write_text
 from tests.tiny_images import CLASSES, SIZE, registered, write_folder, write_recipe
-from zoo import cards, checkpoints, evaluation, figures, finetuning, publishing, training
+from zoo import (
+    adaptation,
+    cards,
+    checkpoints,
+    evaluation,
+    figures,
+    finetuning,
+    publishing,
+    training,
+)
 from zoo.adaptation import ADAPTER_FILE
 from zoo.configs import build, to_json
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.files import CARD_FILE, CHECKPOINT_FILES, RESULTS_FILE, WEIGHTS_FILE
 from zoo.tuning import memory
 from zoo.tuning.config import FineTuning
+from zoo.tuning.freezing import freeze
 from zoo.tuning.lora import load_lora, lora_layers
 
 QUICK: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "progress_bar": False}
@@ -447,6 +457,21 @@ def test_what_the_base_does_not_know_is_not_frozen_as_it_was_drawn(
         zoo.finetune(rated, new, out=tmp_path / "run", freeze=freeze, epochs=1, **QUICK)
     assert str(caught.value) == f"The data have {message}"
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_leave_unchanged_what_the_base_does_not_know(
+    rated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a recommender with features; this one has no layer for an adapter."""
+    module = zoo.load(rated)
+    one = torch.arange(1)
+    monkeypatch.setattr(type(module), "carried_rows", lambda *_: {"users.weight": (one, one)})
+    freeze(module.network, "*")
+    how = FineTuning(base_model="a", adapters="lora")
+    with pytest.raises(
+        ConfigError, match=r"4 users .* freeze=\['items', .*\] in place of adapters"
+    ):
+        adaptation._check_new_rows(module, module, how)
 
 
 def test_users_and_items_that_the_base_knows_can_be_frozen(rated: Path, tmp_path: Path) -> None:
