@@ -247,6 +247,23 @@ def test_equal_scores_count_as_the_mean_over_their_orders(run: training.Run) -> 
     assert module.gains(run.datamodule, "recall").tolist() == pytest.approx([10 / 13] * USERS)
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_diverged_model_is_not_ranked(run: training.Run, broken: float) -> None:
+    module = FactorisationRecommender(
+        MatrixFactorisationConfig(num_users=USERS, num_items=ITEMS, embedding_dim=2)
+    )
+    module.bind(run.datamodule)
+    with torch.no_grad():
+        module.network.items.weight[3] = broken
+    message = r"^The model's scores are not finite: its training diverged\.$"
+    for protocol in ("ndcg", "recall"):
+        with pytest.raises(ZooError, match=message):
+            module.measure(run.datamodule, protocol)
+    for who in ({"user": "u1", "exclude_seen": False}, {"liked": ["i1"]}):
+        with pytest.raises(ZooError, match=message):
+            module.recommend(**who)  # type: ignore[arg-type]
+
+
 def test_pairs_are_measured_by_their_losses(tmp_path: Path) -> None:
     data = RatingsDataModule(path=str(write_ratings(tmp_path)), split="pairs")
     module = untrained()

@@ -429,6 +429,9 @@ class Recommender(MixtureModule):
         Returns:
             For each user who has an item in the part, the best and the worst rank that the item has
             among those with an equal score.
+
+        Raises:
+            ZooError: a score is not finite.
         """
         pairs, items = datamodule.parts[part], len(datamodule.ratings.item_ids)
         before = [datamodule.parts["train"]]
@@ -443,7 +446,7 @@ class Recommender(MixtureModule):
             users = pairs.users[start : start + at_once]
             wanted = pairs.items[start : start + at_once, None]
             outputs = self._outputs(users.repeat_interleave(items), every.repeat(len(users)))
-            scores = self._score(outputs).view(len(users), items)
+            scores = _finite(self._score(outputs)).view(len(users), items)
             own = scores.gather(1, wanted)
             others = ~rated[users]
             others.scatter_(1, wanted, False)
@@ -598,6 +601,7 @@ class Recommender(MixtureModule):
                 is given.
             DataError: `liked` is empty or no list, or what the user has seen is not known.
             UnknownNameError: an id or a title is not known.
+            ZooError: a score is not finite.
         """
         k = check_count("k", k)
         if (user is None) == (liked is None):
@@ -619,7 +623,7 @@ class Recommender(MixtureModule):
                     vector = self.network.user_vectors(torch.tensor([index], device=self.device))
             with torch.no_grad():
                 outputs = self._of_all_items(vector).float().cpu()
-        scores = self._score(outputs).clone()
+        scores = _finite(self._score(outputs)).clone()
         if exclude_seen:
             scores[seen] = -math.inf
         best = scores.sort(descending=True, stable=True).indices[:k]
@@ -722,6 +726,17 @@ class Recommender(MixtureModule):
             title=self.titles[pair[1]],
             tasks=tuple(tasks),
         )
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """The scores, which can be ordered.
+
+    Raises:
+        ZooError: one is not finite. No number is above NaN, so it would be the best of all.
+    """
+    if not bool(scores.isfinite().all()):
+        raise ZooError("The model's scores are not finite: its training diverged.")
+    return scores
 
 
 def _in_a_list(several: Any) -> list[Any] | None:
