@@ -228,9 +228,31 @@ def test_reduced_precision_agrees_in_both_ways() -> None:
         dense, routing = layer(x, x, dispatch="dense")
         sparse, _ = layer(x, x, dispatch="sparse")
     assert routing.weights.dtype == torch.float32
-    torch.testing.assert_close(sparse.float(), dense.float(), rtol=0.05, atol=0.3)
+    assert sparse.dtype == dense.dtype == torch.bfloat16
+    torch.testing.assert_close(sparse, dense, rtol=0.05, atol=0.3)
     exact = layer(x, x).features
     assert (sparse - exact).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_no_weight_at_all_has_the_same_type_in_both_ways(rows: int) -> None:
+    x, weights = torch.randn(5, WIDTH), torch.zeros(rows, 2, 4)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            dense, sparse = (mix(mlp(4).float(), x, weights, way) for way in ("dense", "sparse"))  # type: ignore[arg-type]
+        assert sparse.dtype == dense.dtype
+        assert sparse.shape == dense.shape
+        assert not sparse.any()
+
+
+def test_a_gate_without_weight_on_experts_cannot_be_pruned() -> None:
+    gate = DSelectK(5, 1, missing_codes="penalty")
+    with torch.no_grad():
+        gate.codes.bias.copy_(torch.tensor([-1.0, 1.0, 1.0]))  # code 6 of 0 .. 7
+    layer = MixtureOfExperts(mlp(5).float(), gate)
+    with pytest.raises(ValueError, match=r"^no task gives any expert weight"):
+        layer.pruned()
+    assert layer.experts.num_experts == 5
 
 
 @pytest.mark.parametrize(
@@ -238,6 +260,15 @@ def test_reduced_precision_agrees_in_both_ways() -> None:
     [
         (lambda: MLPExperts(0, 3, (2,)), "num_experts must be at least 1, got 0"),
         (lambda: MLPExperts(2, 3, ()), "at least one layer"),
+        (lambda: MLPExperts(2, 3, (-1,)), "^a width must be at least 1, got -1$"),
+        (lambda: MLPExperts(2, 0, (3,)), "^in_features must be at least 1, got 0$"),
+        (lambda: ConvExperts(-1, 1, 36), "^num_experts must be at least 1, got -1$"),
+        (lambda: ConvExperts(2, 0, 36), "^in_channels must be at least 1, got 0$"),
+        (lambda: ConvExperts(2, 1, 36, (3, 0)), "^a number of channels must be at least 1, got 0$"),
+        (
+            lambda: mix(mlp(4), torch.randn(2, WIDTH), torch.ones(2, 1, 4), "spares"),  # type: ignore[arg-type]
+            "^dispatch must be 'auto', 'dense' or 'sparse', got 'spares'$",
+        ),
         (lambda: ConvExperts(2, 1, 8), "too small for 2 convolutions"),
         (lambda: ConvExperts(2, 1, 28, ()), "at least one convolution"),
         (lambda: MixtureOfExperts(mlp(4), DSelectK(5)), "weighs 5 experts, the bank has 4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -462,6 +463,38 @@ def test_every_gate_reports_every_task(kind: Any, per_example: bool, n: int) -> 
         (lambda: DSelectK(4, 2, in_features=0), "in_features must be at least 1"),
         (lambda: DSelectK(4, 2, in_features=3)(torch.zeros(2, 4)), r"B x 3, got shape \(2, 4\)"),
         (lambda: DSelectK(4, 2, in_features=3)(), "B x 3, got none"),
+        (lambda: DSelectK(8, "2"), "^k must be a whole number, got '2'$"),  # type: ignore[arg-type]
+        (lambda: DSelectK(8, 2.0), r"^k must be a whole number, got 2\.0$"),  # type: ignore[arg-type]
+        (lambda: DSelectK(8.0, 2), r"^num_experts must be a whole number, got 8\.0$"),  # type: ignore[arg-type]
+        (lambda: TopKGate(8, True), "^k must be a whole number, got True$"),
+        (lambda: SoftmaxGate(8, num_tasks=2.0), "^num_tasks must be a whole number"),  # type: ignore[arg-type]
+        (lambda: SoftmaxGate(8, in_features="3"), "^in_features must be a whole number"),  # type: ignore[arg-type]
+        (lambda: DSelectK(8, gamma=math.inf), "^gamma must be finite, got inf$"),
+        (lambda: DSelectK(8, entropy=-1.0), "^entropy must not be negative, got -1.0$"),
+        (lambda: DSelectK(8, penalty=-1.0), "^penalty must not be negative, got -1.0$"),
+        (
+            lambda: DSelectK(8, entropy_schedule="cosine"),  # type: ignore[arg-type]
+            "^entropy_schedule must be 'constant' or 'linear', got 'cosine'$",
+        ),
+        (
+            lambda: TopKGate(8, in_features=3, balance=-1.0),
+            "^balance must not be negative, got -1.0$",
+        ),
+        (lambda: GumbelGate(4, temperature=math.inf), "^temperature must be finite, got inf$"),
+        (
+            lambda: GateConfig(kind="Top-k"),  # type: ignore[arg-type]
+            "^kind must be 'dselect-k', 'softmax', 'top-k', 'gumbel' or 'fixed', got 'Top-k'$",
+        ),
+        (
+            lambda: GateConfig(missing_codes="x"),  # type: ignore[arg-type]
+            "^missing_codes must be 'fold' or 'penalty', got 'x'$",
+        ),
+        (
+            lambda: GateConfig(entropy_schedule="cosine"),  # type: ignore[arg-type]
+            "^entropy_schedule must be 'constant' or 'linear', got 'cosine'$",
+        ),
+        (lambda: GateConfig(entropy=math.nan), "^entropy must be finite, got nan$"),
+        (lambda: GateConfig(k=2.0), r"^k must be a whole number, got 2\.0$"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_input_has_one_clear_line(make: Callable[[], object], message: str) -> None:

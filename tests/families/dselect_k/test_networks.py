@@ -213,6 +213,32 @@ def test_ids_out_of_range_have_one_clear_line(users: list[int], items: list[int]
 
 
 @pytest.mark.parametrize(
+    ("users", "items", "message"),
+    [
+        ([1, 2], [1, 2, 3], r"^users and items must be as many, got shapes \(2,\) and \(3,\)$"),
+        ([1.0], [1], r"^user numbers must be int64 or int32, got torch\.float32$"),
+        ([1], [True], r"^item numbers must be int64 or int32, got torch\.bool$"),
+    ],
+)
+def test_pairs_that_are_none_have_one_clear_line(
+    users: list[Any], items: list[Any], message: str
+) -> None:
+    factors = MatrixFactorisation(MatrixFactorisationConfig(num_users=USERS, num_items=ITEMS))
+    for net in (recommender(), factors):
+        for call in (net, net.forward_features):
+            with pytest.raises(ValueError, match=message):
+                call(torch.tensor(users), torch.tensor(items))
+
+
+@pytest.mark.parametrize("config", [RecommenderConfig, MatrixFactorisationConfig])
+def test_tasks_that_are_none_have_one_clear_line(config: type[Any]) -> None:
+    with pytest.raises(ValueError, match=r"^a task must be 'watch' or 'rate', got 'click'$"):
+        config(tasks=("click", "rate"))
+    with pytest.raises(ValueError, match=r"^tasks must be a tuple of names, got 'watch'$"):
+        config(tasks="watch")
+
+
+@pytest.mark.parametrize(
     ("config", "values", "message"),
     [
         (RecommenderConfig, {"gate": {"k": 9}}, "k must be from 1 to the number of experts, 8"),

@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.families.dselect_k.gates import FixedGate, Gate, Routing
+from zoo.families.dselect_k.gates import (
+    FixedGate,
+    Gate,
+    Routing,
+    check_at_least_1,
+    check_choice,
+)
 
 __all__ = [
     "BatchedLinear",
@@ -109,17 +115,19 @@ class MLPExperts(ExpertBank):
         dropout: share of the outputs that are dropped after each layer in training.
 
     Raises:
-        ValueError: there is no layer or no expert.
+        ValueError: there is no layer or no expert, or a width is below 1.
     """
 
     def __init__(
         self, num_experts: int, in_features: int, widths: Sequence[int], dropout: float = 0.0
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        check_at_least_1("num_experts", num_experts)
+        check_at_least_1("in_features", in_features)
         if not widths:
             raise ValueError("experts need at least one layer, got no widths")
+        for width in widths:
+            check_at_least_1("a width", width)
         self.num_experts, self.out_features = num_experts, widths[-1]
         self.layers = nn.ModuleList(
             BatchedLinear(num_experts, before, after)
@@ -158,7 +166,7 @@ class ConvExperts(ExpertBank):
         dropout: share of the fully connected outputs that are dropped in training.
 
     Raises:
-        ValueError: the image is too small, or there is no layer or no expert.
+        ValueError: the image is too small, there is no layer or no expert, or a number is below 1.
     """
 
     def __init__(
@@ -172,8 +180,13 @@ class ConvExperts(ExpertBank):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_at_least_1("num_experts", num_experts)
+        check_at_least_1("in_channels", in_channels)
+        check_at_least_1("kernel", kernel)
         if not channels:
             raise ValueError("experts need at least one convolution, got no channels")
+        for count in channels:
+            check_at_least_1("a number of channels", count)
         self.kernel = kernel
         self.convolutions = nn.ModuleList()
         for before, after in zip([in_channels, *channels], channels, strict=False):
@@ -231,10 +244,14 @@ def mix(experts: ExpertBank, x: Tensor, weights: Tensor, dispatch: Dispatch = "a
         x: B examples.
         weights: B x T x n, or 1 x T x n for all examples.
         dispatch: how to compute it.
+
+    Raises:
+        ValueError: there is no such dispatch.
     """
     if dispatch == "dense":
         # Sizes by `shape`, since `len` would fix the batch of an exported graph.
         return torch.einsum("btn,bnh->bth", weights.expand(x.shape[0], -1, -1), experts(x))
+    check_choice("dispatch", dispatch, Dispatch)
     in_use = (weights != 0).any(1)
     if dispatch == "auto" and in_use.double().mean() > _SPARSE_BELOW:
         return mix(experts, x, weights, "dense")
@@ -246,7 +263,7 @@ def mix(experts: ExpertBank, x: Tensor, weights: Tensor, dispatch: Dispatch = "a
 def _mix_static(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor) -> Tensor:
     used = in_use.nonzero().flatten()
     if not len(used):
-        return x.new_zeros(len(x), len(weights), experts.out_features)
+        return _zeros(experts, x, len(weights))
     outputs = experts.grouped([x if use else None for use in in_use.tolist()])
     return torch.einsum("tn,bnh->bth", weights[:, used], torch.stack(outputs, 1))
 
@@ -254,7 +271,7 @@ def _mix_static(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor)
 def _mix_sorted(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor) -> Tensor:
     expert, row = in_use.T.nonzero(as_tuple=True)  # sorted by expert
     if not len(row):
-        return x.new_zeros(len(x), weights.shape[1], experts.out_features)
+        return _zeros(experts, x, weights.shape[1])
     groups = torch.split(x.index_select(0, row), in_use.sum(0).tolist())
     outputs = torch.cat(experts.grouped([group if len(group) else None for group in groups]))
     # Every (example, task) is a bag of the outputs that it weighs.
@@ -269,7 +286,14 @@ def _mix_sorted(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor)
         mode="sum",
         per_sample_weights=weights[weighed],
     )
-    return mixed.view(x.shape[0], weights.shape[1], -1)
+    # Under autocast the experts, and the product that mixes them densely, are of lower precision.
+    return mixed.view(x.shape[0], weights.shape[1], -1).to(outputs.dtype)
+
+
+def _zeros(experts: ExpertBank, x: Tensor, tasks: int) -> Tensor:
+    """B x T x H, of the type that computed experts have."""
+    none: Tensor = experts(x[:0])
+    return none.new_zeros(len(x), tasks, experts.out_features)
 
 
 class Mixture(NamedTuple):
@@ -327,7 +351,8 @@ class MixtureOfExperts(nn.Module):
             hard: use the hardened gate, which has at most k experts per task.
 
         Raises:
-            ValueError: the gate is per example, where any expert may be used by some input.
+            ValueError: the gate is per example, where any expert may be used by some input; or it
+                gives no expert any weight, as where a penalty has not driven away missing codes.
         """
         if not self.gate.is_static:
             raise ValueError(
@@ -338,6 +363,8 @@ class MixtureOfExperts(nn.Module):
             weights = self.gate.eval()(hard=hard).weights[0]
         self.gate.train(was_training)
         kept = (weights != 0).any(0).nonzero().flatten().tolist()
+        if not kept:
+            raise ValueError("no task gives any expert weight, so that pruning would leave none")
         experts = copy.deepcopy(self.experts)
         experts.keep(kept)
         gate = FixedGate(len(kept), num_tasks=self.gate.num_tasks)

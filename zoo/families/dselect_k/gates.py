@@ -13,7 +13,8 @@ m = ceil(log2 n) bits, p input width.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+import math
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,10 @@ __all__ = [
     "build_gate",
     "smooth_step",
 ]
+
+GateKind = Literal["dselect-k", "softmax", "top-k", "gumbel", "fixed"]
+MissingCodes = Literal["fold", "penalty"]
+EntropySchedule = Literal["constant", "linear"]
 
 ACTIVE_TOLERANCE = 1e-5
 """Weight above which a report counts an expert as active."""
@@ -115,7 +120,7 @@ class Gate(nn.Module):
         in_features: input width p of a per-example gate; None for a static one.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is below 1 or not whole.
     """
 
     exact_zeros: ClassVar[bool] = True
@@ -123,10 +128,12 @@ class Gate(nn.Module):
 
     def __init__(self, num_experts: int, num_tasks: int, in_features: int | None) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        check_at_least_1("num_experts", num_experts)
+        _check_whole("num_tasks", num_tasks)
         if num_tasks < 1:
             raise ValueError(f"a gate needs at least one task, got {num_tasks}")
+        if in_features is not None:
+            _check_whole("in_features", in_features)
         if in_features is not None and in_features < 1:
             raise ValueError(f"in_features must be at least 1 or None, got {in_features}")
         self.num_experts, self.num_tasks, self.in_features = num_experts, num_tasks, in_features
@@ -185,7 +192,51 @@ class Gate(nn.Module):
         )
 
 
+def _check_whole(name: str, value: Any) -> None:
+    # A number of numpy is whole too, and True is none.
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_at_least_1(name: str, value: int) -> None:
+    """Check a number of things.
+
+    Raises:
+        ValueError: it is not whole, or below 1.
+    """
+    _check_whole(name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Check one of a closed list, a `Literal`.
+
+    Raises:
+        ValueError: it is not on the list.
+    """
+    known = get_args(choices)
+    if value not in known:
+        *others, last = map(repr, known)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    if value == math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_weight(name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
 def _check_k(k: int, num_experts: int) -> None:
+    _check_whole("k", k)
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be from 1 to the number of experts, {num_experts}; got {k}")
 
@@ -229,17 +280,18 @@ class DSelectK(Gate):
         num_tasks: int = 1,
         in_features: int | None = None,
         gamma: float = 1.0,
-        missing_codes: Literal["fold", "penalty"] = "fold",
+        missing_codes: MissingCodes = "fold",
         entropy: float = 0.0,
-        entropy_schedule: Literal["constant", "linear"] = "constant",
+        entropy_schedule: EntropySchedule = "constant",
         penalty: float = 1.0,
     ) -> None:
         super().__init__(num_experts, num_tasks, in_features)
         _check_k(k, num_experts)
-        if not gamma > 0:
-            raise ValueError(f"gamma must be positive, got {gamma}")
-        if missing_codes not in ("fold", "penalty"):
-            raise ValueError(f"missing_codes must be 'fold' or 'penalty', got {missing_codes!r}")
+        _check_positive("gamma", gamma)
+        check_choice("missing_codes", missing_codes, MissingCodes)
+        check_choice("entropy_schedule", entropy_schedule, EntropySchedule)
+        _check_weight("entropy", entropy)
+        _check_weight("penalty", penalty)
         self.k, self.gamma, self.missing_codes = k, gamma, missing_codes
         self.entropy, self.entropy_schedule, self.penalty = entropy, entropy_schedule, penalty
         self.num_bits = (num_experts - 1).bit_length()
@@ -343,6 +395,7 @@ class TopKGate(Gate):
     ) -> None:
         super().__init__(num_experts, num_tasks, in_features)
         _check_k(k, num_experts)
+        _check_weight("balance", balance)
         if balance and in_features is None:
             raise ValueError("balance needs a per-example gate: a static one has to be unequal")
         self.k, self.balance = k, balance
@@ -400,8 +453,7 @@ class GumbelGate(Gate):
     ) -> None:
         super().__init__(num_experts, num_tasks, in_features)
         _check_k(k, num_experts)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        _check_positive("temperature", temperature)
         self.k, self.temperature = k, temperature
         self.scores = _Scores(num_tasks * k * num_experts, in_features, 0.05)
         self.mixing = _Scores(num_tasks * k, in_features, 0.05)
@@ -450,7 +502,7 @@ class GateConfig:
         ValueError: a value is out of range.
     """
 
-    kind: Literal["dselect-k", "softmax", "top-k", "gumbel", "fixed"] = "dselect-k"
+    kind: GateKind = "dselect-k"
     """Kind of gate."""
     per_example: bool = False
     """Weights from each example, or the same for all."""
@@ -458,13 +510,13 @@ class GateConfig:
     """Selectors of DSelect-k and Gumbel, experts kept by top-k."""
     gamma: float = 1.0
     """DSelect-k: width of the smooth step."""
-    missing_codes: Literal["fold", "penalty"] = "fold"
+    missing_codes: MissingCodes = "fold"
     """DSelect-k: codes without an expert fold onto a real one, or are penalised."""
     penalty: float = 1.0
     """DSelect-k: weight of that penalty."""
     entropy: float = 0.0
     """DSelect-k: weight of the selectors' entropy in the loss."""
-    entropy_schedule: Literal["constant", "linear"] = "constant"
+    entropy_schedule: EntropySchedule = "constant"
     """DSelect-k: that weight throughout, or growing from 0 over the training."""
     temperature: float = 1.0
     """Gumbel: temperature of the relaxed draw."""
@@ -474,14 +526,14 @@ class GateConfig:
     """Top-k: weight of the load-balance loss."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
+        check_choice("kind", self.kind, GateKind)
+        check_choice("missing_codes", self.missing_codes, MissingCodes)
+        check_choice("entropy_schedule", self.entropy_schedule, EntropySchedule)
+        check_at_least_1("k", self.k)
         for name in ("gamma", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            _check_positive(name, getattr(self, name))
         for name in ("penalty", "entropy", "balance"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            _check_weight(name, getattr(self, name))
         if self.kind == "fixed" and self.per_example:
             raise ValueError("a fixed gate is static; per_example must be false")
         if self.kind == "top-k" and self.balance and not self.per_example:
@@ -493,8 +545,7 @@ class GateConfig:
         Raises:
             ValueError: there is no expert, or fewer than k.
         """
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        check_at_least_1("num_experts", num_experts)
         if self.kind in ("dselect-k", "top-k", "gumbel"):
             _check_k(self.k, num_experts)
 
@@ -507,6 +558,9 @@ def build_gate(config: GateConfig, num_experts: int, num_tasks: int, in_features
         num_experts: number of experts n.
         num_tasks: number of tasks T.
         in_features: input width p; a static gate does not use it.
+
+    Raises:
+        ValueError: a number does not fit the others.
     """
     width = in_features if config.per_example else None
     if config.kind == "dselect-k":
@@ -540,4 +594,6 @@ def build_gate(config: GateConfig, num_experts: int, num_tasks: int, in_features
         )
     if config.kind == "softmax":
         return SoftmaxGate(num_experts, num_tasks=num_tasks, in_features=width)
-    return FixedGate(num_experts, num_tasks=num_tasks)
+    if config.kind == "fixed":
+        return FixedGate(num_experts, num_tasks=num_tasks)
+    raise AssertionError(f"no gate of kind {config.kind!r}")

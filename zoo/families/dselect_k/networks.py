@@ -21,7 +21,14 @@ from zoo.families.dselect_k.experts import (
     MLPExperts,
     Towers,
 )
-from zoo.families.dselect_k.gates import Gate, GateConfig, GateReport, Routing, build_gate
+from zoo.families.dselect_k.gates import (
+    Gate,
+    GateConfig,
+    GateReport,
+    Routing,
+    build_gate,
+    check_choice,
+)
 
 __all__ = [
     "ImagePairConfig",
@@ -53,8 +60,12 @@ Net = TypeVar("Net", bound="MultiTaskNet")
 
 
 def _check_tasks(tasks: Sequence[Task]) -> None:
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks must be a tuple of names, got {tasks!r}")
     if not tasks:
         raise ValueError("tasks is empty; choose from 'watch' and 'rate'")
+    for task in tasks:
+        check_choice("a task", task, Task)
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks has one of them twice: {list(tasks)}")
 
@@ -72,7 +83,18 @@ def _check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
 
+def _check_pairs(users: Tensor, items: Tensor) -> None:
+    # The sizes of a compiled or exported graph are symbols; its products compare them.
+    if not torch.compiler.is_compiling() and users.shape != items.shape:
+        raise ValueError(
+            f"users and items must be as many, got shapes {tuple(users.shape)} and "
+            f"{tuple(items.shape)}"
+        )
+
+
 def _check_ids(what: str, ids: Tensor, count: int) -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{what} numbers must be int64 or int32, got {ids.dtype}")
     # On an accelerator the look would cost a synchronisation, and the kernel asserts by itself;
     # in a compiled or exported graph it would be a break.
     if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
@@ -270,13 +292,19 @@ class RecommenderNet(MultiTaskNet):
             users, items: B integers each.
             hard: with the hardened gate.
             dispatch: see `zoo.families.dselect_k.experts.mix`.
+
+        Raises:
+            ValueError: there are more of one than of the other, or a number is not whole or, on a
+                CPU, out of range.
         """
+        _check_pairs(users, items)
         return self.of_vectors(
             self.user_vectors(users), self.item_vectors(items), hard=hard, dispatch=dispatch
         )
 
     def gate_input(self, users: Tensor, items: Tensor) -> Tensor:  # type: ignore[override]
         """The two vectors, one behind the other, and their product."""
+        _check_pairs(users, items)
         return self._joined(self.user_vectors(users), self.item_vectors(items))
 
     def _joined(self, users: Tensor, items: Tensor) -> Tensor:
@@ -362,7 +390,12 @@ class MatrixFactorisation(nn.Module):
         return vectors
 
     def forward(self, users: Tensor, items: Tensor) -> MultiTaskOutput:
-        """Logit of watching and predicted rating; users and items are B integers each."""
+        """Logit of watching and predicted rating; users and items are B integers each.
+
+        Raises:
+            ValueError: as of `RecommenderNet.forward`.
+        """
+        _check_pairs(users, items)
         return self.of_vectors(self.user_vectors(users), self.item_vectors(items))
 
     def of_vectors(self, users: Tensor, items: Tensor) -> MultiTaskOutput:
@@ -372,6 +405,7 @@ class MatrixFactorisation(nn.Module):
 
     def forward_features(self, users: Tensor, items: Tensor) -> Tensor:
         """Offsets and products of users and items, B x T."""
+        _check_pairs(users, items)
         return self._product(self.user_vectors(users), self.item_vectors(items))
 
     def forward_head(self, features: Tensor) -> Tensor:
