@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -353,6 +354,10 @@ def test_the_split_depends_on_its_own_seed_alone(tmp_path: Path) -> None:
         ("user,item,rating\na,1,nan\n", "line 2: rating nan is not between"),
         ("user,item,rating\na,1,good\n", "line 2: rating 'good' is no number"),
         ("user,item,rating\na,1,5\nb,1,4\na,1,3\n", "line 4: user 'a' rated item '1' on line 2"),
+        ("user,item,rating\n ,1,5\n", "line 2: expected a user, an item and a rating"),
+        ("user,item,rating\na,2,5\nb, 2,4\n", "line 3: item ' 2' was '2' before"),
+        ("user,item,rating\na ,2,5\na,3,4\n", "line 3: user 'a' was 'a ' before"),
+        ("user,item,rating,rating\na,1,5,4\n", "has 2 columns 'rating'"),
         ("user,item,rating\na,,5\n", "line 2: expected a user, an item and a rating"),
         ("user,item,rating\na,1\n", "line 2: rating '' is no number"),
         ("user,item,rating\na,1,5\nb,2,4,5\n", "line 3: more fields than the header; quote what"),
@@ -434,6 +439,11 @@ def test_too_few_ratings_to_split_have_one_clear_line(tmp_path: Path) -> None:
         ({"scale": (5, 1)}, ValueError, "scale must be a lowest and a highest rating"),
         ({"scale": 5}, ValueError, "scale must be a lowest and a highest rating, got 5"),
         ({"scale": (1, 2, 3)}, ValueError, "scale must be a lowest and a highest rating"),
+        ({"scale": (1, math.inf)}, ValueError, "scale must be a lowest and a highest rating"),
+        ({"negatives": 1.5}, ValueError, "^negatives must be a whole number, got 1.5$"),
+        ({"split_seed": 1.5}, ValueError, "^split_seed must be a whole number, got 1.5$"),
+        ({"user_column": "item"}, ValueError, "must be different, got 'item' twice$"),
+        ({"time_column": "rating"}, ValueError, "must be different, got 'rating' twice$"),
         ({"negatives": 0}, ValueError, "must be at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "must be at least 1"),
         ({"seed": -1}, ValueError, "must not be negative, got -1"),
@@ -445,6 +455,46 @@ def test_bad_options_have_one_clear_line(
     with pytest.raises(error, match=message) as caught:
         RatingsDataModule(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_columns_of_a_file_are_different(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be different, got 'item' twice"):
+        read_ratings_csv(write_csv(tmp_path), user_column="item")
+
+
+@pytest.mark.parametrize(
+    ("name", "member", "line", "message"),
+    [
+        ("movielens-100k", "u.item", "", "expected 24 fields or more between '|', got 1."),
+        ("movielens-100k", "u.item", "31|Film|x", "expected 24 fields or more between '|', got 3."),
+        ("movielens-100k", "u.user", "13|33", "expected 4 fields or more between '|', got 2."),
+        ("movielens-100k", "u.data", "", "expected a user, an item and a rating."),
+        ("movielens-1m", "movies.dat", "31::Film", "expected 3 fields or more between '::', got 2"),
+        ("movielens-1m", "users.dat", "", "expected 4 fields or more between '::', got 1."),
+    ],
+)
+def test_a_damaged_movielens_file_has_one_clear_line(
+    name: str, member: str, line: str, message: str, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(MAKERS[name](tmp_path)) as file:
+        for path in file.namelist():
+            (tmp_path / Path(path).name).write_bytes(file.read(path))
+    damaged = tmp_path / member
+    count = len(damaged.read_text("latin-1").splitlines())
+    damaged.write_text(damaged.read_text("latin-1") + line + "\n", "latin-1")
+    with pytest.raises(DataError) as caught:
+        read_movielens(name, tmp_path)
+    assert str(caught.value).startswith(f"{member} of {tmp_path}, line {count + 1}: {message}")
+
+
+def test_a_title_may_hold_what_other_readers_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    with zipfile.ZipFile(movielens_100k(tmp_path)) as file:
+        members = {Path(path).name: file.read(path).decode("latin-1") for path in file.namelist()}
+    members["u.item"] = members["u.item"].replace("Film 3 ", "Film\x85\x1c3 ")
+    lines = {name: text.replace("\n", "\r\n") for name, text in members.items()}
+    ratings = read_movielens("movielens-100k", archive(tmp_path / "ml-100k.zip", lines, "latin-1"))
+    assert ratings.titles[ratings.item_ids.index("3")] == "Film\x85\x1c3 (1963)"
+    assert as_triples(ratings) == {(str(u), str(i), float(r)) for u, i, r, _ in rows()}
 
 
 def test_missing_files_have_one_clear_line(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -124,11 +125,26 @@ def _scale(scale: object) -> tuple[float, float]:
     """
     try:
         low, high = (float(end) for end in scale)  # type: ignore[attr-defined]
-        if low < high:
+        if -math.inf < low < high < math.inf:
             return low, high
     except (TypeError, ValueError):
         pass
     raise ValueError(f"scale must be a lowest and a highest rating, got {scale!r}")
+
+
+def _check_columns(*columns: str | None) -> None:
+    """Check the columns of user, item, rating and time.
+
+    Raises:
+        ValueError: one is there twice.
+    """
+    named = [column for column in columns if column is not None]
+    for column in named:
+        if named.count(column) > 1:
+            raise ValueError(
+                "user_column, item_column, rating_column and time_column must be different, got "
+                f"{column!r} twice"
+            )
 
 
 def _build(
@@ -144,17 +160,26 @@ def _build(
     """Check rows of user, item, rating and (perhaps) time, and number users and items.
 
     Raises:
-        DataError: there is no row, or one is incomplete, no number, off the scale or a duplicate;
-            the text has its number in `lines`, by default from 1 on.
+        DataError: there is no row, or one is incomplete, no number, off the scale or a duplicate,
+            or an id differs from an earlier one in blanks alone; the text has its number in
+            `lines`, by default from 1 on.
     """
     if not rows:
         raise DataError(f"{where} holds no ratings.")
     seen: dict[tuple[str, str], int] = {}
+    spelt: dict[tuple[int, str], str] = {}
     values: list[float] = []
     times: list[int | float] = []
     for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
-        if len(row) < 3 or not (row[0] and row[1]):
+        if len(row) < 3 or not (row[0].strip() and row[1].strip()):
             raise DataError(f"{where}, line {line}: expected a user, an item and a rating.")
+        for column, what in enumerate(("user", "item")):
+            earlier = spelt.setdefault((column, row[column].strip()), row[column])
+            if earlier != row[column]:
+                raise DataError(
+                    f"{where}, line {line}: {what} {row[column]!r} was {earlier!r} before; write "
+                    "it with the same blanks, or none."
+                )
         try:
             values.append(float(row[2]))
         except ValueError:
@@ -231,9 +256,10 @@ def read_ratings_csv(
         scale: lowest and highest rating.
 
     Raises:
-        DataError: the file is missing, lacks a column, or has a bad row.
-        ValueError: `scale` is none.
+        DataError: the file is missing, lacks a column or has one twice, or has a bad row.
+        ValueError: `scale` is none, or one column is to be two things.
     """
+    _check_columns(user_column, item_column, rating_column, time_column)
     path = Path(path).expanduser()
     return _from_csv(
         read_utf8(path, "ratings"),
@@ -296,9 +322,26 @@ class _Files:
         except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
             raise DataError(f"Cannot read {name} of {self.path}: {error}.") from None
 
-    def rows(self, name: str, separator: str, encoding: str, required: bool) -> list[list[str]]:
-        """Lines of a member, split."""
-        return [line.split(separator) for line in self.text(name, encoding, required).splitlines()]
+    def rows(
+        self, name: str, separator: str, encoding: str, required: bool, fields: int = 0
+    ) -> list[list[str]]:
+        """Lines of a member, split.
+
+        Raises:
+            DataError: it is missing or unreadable, or a line has fewer than so many fields.
+        """
+        # `str.splitlines` would also split at characters that may stand in a title.
+        lines = self.text(name, encoding, required).split("\n")
+        if not lines[-1]:
+            lines.pop()
+        rows = [line.removesuffix("\r").split(separator) for line in lines]
+        for number, row in enumerate(rows, 1):
+            if len(row) < fields:
+                raise DataError(
+                    f"{name} of {self.path}, line {number}: expected {fields} fields or more "
+                    f"between {separator!r}, got {len(row)}."
+                )
+        return rows
 
 
 def _age_group(age: str) -> str:
@@ -319,8 +362,11 @@ def read_movielens(name: str, path: str | os.PathLike[str]) -> Ratings:
     _check_known(name)
     files = _Files(Path(path))
     if name == "movielens-100k":
-        items = files.rows("u.item", "|", "latin-1", required=False)
-        users = files.rows("u.user", "|", "latin-1", required=False)
+        flags_from = 5
+        items = files.rows(
+            "u.item", "|", "latin-1", required=False, fields=flags_from + len(_GENRES_100K)
+        )
+        users = files.rows("u.user", "|", "latin-1", required=False, fields=4)
         return _build(
             files.rows("u.data", "\t", "ascii", required=True),
             f"u.data of {path}",
@@ -330,13 +376,17 @@ def read_movielens(name: str, path: str | os.PathLike[str]) -> Ratings:
                 row[0]: (_age_group(row[1]), f"gender {row[2]}", f"job {row[3]}") for row in users
             },
             item_features={
-                row[0]: [g for g, flag in zip(_GENRES_100K, row[5:], strict=False) if flag == "1"]
+                row[0]: [
+                    genre
+                    for genre, flag in zip(_GENRES_100K, row[flags_from:], strict=False)
+                    if flag == "1"
+                ]
                 for row in items
             },
         )
     if name == "movielens-1m":
-        items = files.rows("movies.dat", "::", "latin-1", required=False)
-        users = files.rows("users.dat", "::", "latin-1", required=False)
+        items = files.rows("movies.dat", "::", "latin-1", required=False, fields=3)
+        users = files.rows("users.dat", "::", "latin-1", required=False, fields=4)
         return _build(
             files.rows("ratings.dat", "::", "latin-1", required=True),
             f"ratings.dat of {path}",
@@ -551,6 +601,16 @@ class RatingsDataModule(pl.LightningDataModule):
         _check_known(dataset)
         if split not in ("temporal", "pairs"):
             raise ValueError(f"split must be 'temporal' or 'pairs', got {split!r}")
+        _check_columns(user_column, item_column, rating_column, time_column)
+        whole: dict[str, Any] = {
+            "negatives": negatives,
+            "batch_size": batch_size,
+            "seed": seed,
+            "split_seed": split_seed,
+        }
+        for name, number in whole.items():
+            if not isinstance(number, numbers.Integral):
+                raise ValueError(f"{name} must be a whole number, got {number!r}")
         if negatives < 1 or batch_size < 1:
             raise ValueError(
                 f"negatives and batch_size must be at least 1, got {negatives} and {batch_size}"

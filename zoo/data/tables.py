@@ -51,8 +51,8 @@ def read_table(text: str, where: str, columns: Sequence[str]) -> list[Row]:
         columns: those that it must have.
 
     Raises:
-        DataError: a column is missing, a quote is not closed, or a row has more fields than the
-            header, as one with a comma that is not quoted.
+        DataError: a column is missing or is there twice, a quote is not closed, or a row has more
+            fields than the header, as one with a comma that is not quoted.
     """
     reader = csv.reader(io.StringIO(text), strict=True)
     rows, begins = [], 1
@@ -64,6 +64,8 @@ def read_table(text: str, where: str, columns: Sequence[str]) -> list[Row]:
                     f"{where} has no column {column!r}.{nearest(column, header)}"
                     f" There are: {', '.join(header) or 'none'}."
                 )
+            if header.count(column) > 1:
+                raise DataError(f"{where} has {header.count(column)} columns {column!r}.")
         begins = reader.line_num + 1
         for fields in reader:
             if len(fields) > len(header):
