@@ -1,7 +1,7 @@
 """What a mixture of experts costs once its gate is sparse, over computing all of them.
 
 Sixteen experts of one layer, two of which each example uses; at most a sixth of the dense time.
-torch-rechub's MMoE takes part where it is installed.
+torch-rechub's MMoE takes part where it is installed, and is to be no faster.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from zoo.families.dselect_k import (
 
 ROUNDS = 15
 AT_MOST = 1 / 6
+AT_MOST_OF_PEER = 1.0
 
 EXPERTS, ACTIVE, WIDTH = 16, 2, 256
 BATCHES = (512, 4096)
@@ -152,6 +153,7 @@ def _against_rechub(rounds: int, batch: int = 512, tasks: int = 2) -> list[Compa
                     peer="torch-rechub MMOE",
                     values=taken[key],
                     peer_values=taken["peer"],
+                    at_most=AT_MOST_OF_PEER,
                 )
             )
     return comparisons
