@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +84,24 @@ def test_differences_are_paired_over_seeds() -> None:
     found = recovery.differences(arms)
     assert [d.measure for d in found] == list(recovery.MEASURES)
     assert all(d.difference == Summary(mean=0.5, interval=(0.5, 0.5)) for d in found)
+
+
+def test_the_figure_has_a_panel_for_each_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    arms = []
+    for tasks in (8, 2):
+        values = {m: (tasks + 1.0 + i, tasks + 3.0 + i) for i, m in enumerate(recovery.MEASURES)}
+        arms.append(recovery.Arm(gate="Top-k", tasks=tasks, seeds=(1, 2), values=values))
+    recovery.draw(arms, tmp_path / "x.png")
+    (panels,) = [one.axes for one in drawn]
+    assert len({axes.get_ylabel() for axes in panels}) == len(recovery.MEASURES)
+    for i, axes in enumerate(panels):
+        assert axes.lines[0].get_xdata().tolist() == [2, 8]
+        assert axes.lines[0].get_ydata().tolist() == [4.0 + i, 10.0 + i]
 
 
 @pytest.mark.parametrize(("tasks", "seeds"), [([], [1]), ([8], [])])

@@ -174,7 +174,7 @@ def differences(arms: Sequence[Arm]) -> list[Difference]:
 
 
 def draw(arms: Sequence[Arm], path: str | os.PathLike[str]) -> Path:
-    """Error and recovery against the number of tasks, a line for each gate.
+    """Each of `MEASURES` against the number of tasks, a line for each gate.
 
     Raises:
         ZooError: matplotlib is missing.
@@ -183,13 +183,18 @@ def draw(arms: Sequence[Arm], path: str | os.PathLike[str]) -> Path:
         from matplotlib.figure import Figure
     except ImportError:
         raise ZooError("Figures need matplotlib: pip install 'zoo[figures]'.") from None
-    figure = Figure(figsize=(9.0, 3.5), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure = Figure(figsize=(9.0, 7.0), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
     gates = list(dict.fromkeys(arm.gate for arm in arms))
     for axes, measure, label in zip(
         panels,
-        ("error", "recovery"),
-        ("squared error on noise-free answers", "Jaccard index of supports"),
+        MEASURES,
+        (
+            "squared error on noise-free answers",
+            "Jaccard index of supports",
+            "active experts of a task",
+            "minutes of training",
+        ),
         strict=True,
     ):
         axes.spines[["top", "right"]].set_visible(False)
