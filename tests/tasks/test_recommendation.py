@@ -198,6 +198,22 @@ def test_the_loss_is_that_of_the_tasks_and_the_gates(run: training.Run) -> None:
     torch.testing.assert_close(weighed, module.watch_weight * bce + (1 - module.watch_weight) * mse)
 
 
+@pytest.mark.parametrize("watch_weight", [0.0, 0.5, 1.0])
+def test_the_loss_of_a_single_task_counts_in_full(run: training.Run, watch_weight: float) -> None:
+    batch = run.datamodule.pairs("validation")
+    for task in ("watch", "rate"):
+        network = RecommenderConfig(num_users=USERS, num_items=ITEMS, tasks=(task,), dropout=0.0)
+        module = Recommender(network, watch_weight=watch_weight)
+        (value,) = module.network(batch.users, batch.items).outputs.T
+        if task == "watch":
+            expected = F.binary_cross_entropy_with_logits(value, batch.watched)
+        else:
+            rated = batch.watched > 0
+            expected = F.mse_loss(value[rated], batch.ratings[rated])
+        with pytest.warns(UserWarning, match="trainer"):
+            torch.testing.assert_close(module.training_step(batch, 0), expected)
+
+
 # --- the protocols against other code ------------------------------------------------------------
 
 

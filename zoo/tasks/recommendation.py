@@ -144,13 +144,13 @@ class Recommender(MixtureModule):
     """A recommender with shared experts: one task is watching, the other rating.
 
     The loss is a * (cross-entropy of watching) + (1 - a) * (squared error of the rating, where
-    there is one) + what the gates add.
+    there is one) + what the gates add. With one task its loss counts in full.
 
     Args:
         network: shape of the network.
         optimizer: how it is trained.
         preprocessing: users and items; None: those of the data that it is trained on.
-        watch_weight: a, in [0, 1].
+        watch_weight: a, in [0, 1]; not used with one task.
         compile: compile the network's blocks for training.
 
     Raises:
@@ -288,6 +288,8 @@ class Recommender(MixtureModule):
         losses = self._losses(output.outputs, batch)
         rated = batch.watched.sum().clamp(min=1.0)
         means = {
+        if len(means) == 1:  # nothing to be weighed against
+            return next(iter(means.values()))
             task: loss.mean() if task == "watch" else loss.sum() / rated
             for task, loss in losses.items()
         }
