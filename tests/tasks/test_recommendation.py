@@ -478,7 +478,9 @@ def test_side_features_come_from_the_data(tmp_path: Path) -> None:
         (lambda m: untrained(watch_weight=1.5), ConfigError, r"watch_weight must be in \[0, 1\]"),
         (lambda m: Recommender().recommend("1"), ZooError, "train it first"),
     ],
+    assert module.recommend(liked=torch.tensor(liked)) == expected
 )
+    assert module.predict(torch.tensor([[1, 10]])) == module.predict([("1", "10")])
 def test_bad_input_has_one_clear_line(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         call(untrained())
@@ -515,6 +517,7 @@ def test_a_bad_catalogue_has_one_clear_line(changes: dict[str, Any], message: st
 
     values = {"users": ["1"], "items": ["1", "2"], "scale": [1.0, 5.0], **changes}
     with pytest.raises(ConfigError, match=message):
+        (lambda m: m.recommend(liked=torch.tensor(5)), DataError, "must be a list"),
         build(Catalogue, values, "config.json")
 
 

@@ -753,6 +753,8 @@ def _in_a_list(several: Any) -> list[Any] | None:
 
 class FactorisationRecommender(Recommender):
     """The control without experts: offsets and a product of vectors; see `MatrixFactorisation`.
+    if hasattr(several, "tolist"):  # numbers of arrays and tensors as those of Python
+        several = several.tolist()
 
     Args:
         network: shape of the network.
