@@ -135,7 +135,8 @@ class Control:
     """Measured training speed, with its unit."""
     result: Result
     difference: float | None = None
-    """Mean of its value less the model's at the same budget; None for the model itself."""
+    """Mean of its value less the model's at the same budget, over the seeds that both have, or over
+    all of each where there are none; None for the model itself."""
     difference_interval: tuple[float, float] | None = None
     """Of the difference, paired over the samples."""
     against: str = omit_default("")

@@ -56,12 +56,12 @@ class _Arm:
     cpu_minutes: float
     parameters: int
 
-    @property
-    def mean_sums(self) -> Tensor:
-        """Mean over seeds of the sum over each sampling unit."""
+    def mean_sums(self, seeds: Sequence[int]) -> Tensor:
+        """Mean over some of the seeds of the sum over each sampling unit."""
         import torch
 
-        return torch.stack([m.sums for m in self.measurements]).mean(0)
+        chosen = zip(self.seeds, self.measurements, strict=True)
+        return torch.stack([m.sums for seed, m in chosen if seed in seeds]).mean(0)
 
 
 def find_recipes(name: str) -> list[Path]:
@@ -119,7 +119,9 @@ def run(
     """Train what is missing, and return one `Control` per trained recipe and protocol.
 
     Controls may have unlike numbers of seeds: each is recorded with all that it was trained with,
-    now or before. Those with no finished run are left out, and so are differences to them.
+    now or before, and differences are between means over the seeds that both have, where there are
+    such. Those with no finished run are left out, and so are differences to them; so is a protocol
+    that a control cannot be measured by.
 
     Args:
         name: of a weight, or of an architecture, which means its default weight.
@@ -127,8 +129,8 @@ def run(
         out: folder of the runs; None: `runs/controls/<name>`.
         overrides: `section.key=value`, applied to every control alike.
         only: names of the recipes to train now, without folder and suffix; None: all.
-        speeds: whether to count multiplications and measure the speed of each, which `record`
-            needs.
+        speeds: whether to count multiplications and measure the speed of training steps of each,
+            both with the weights of its first finished run; `record` needs them.
 
     Raises:
         UnknownNameError: there is no such recipe.
@@ -179,12 +181,22 @@ def collect(
 def _collect(
     name: str, recipes: Sequence[training.Recipe], folder: Path, *, model: str, speeds: bool
 ) -> list[Control]:
-    measured = _speeds(recipes) if speeds else {}
+    runs = {recipe.path.stem: _load_runs(recipe, folder / recipe.path.stem) for recipe in recipes}
+    measured = _speeds(recipes, folder) if speeds else {}
     controls: list[Control] = []
-    for protocol in _protocols(recipes[0]):
+    # The model comes first, so that what it is measured by gives the order.
+    stored = [run["measured"] for of_seeds in runs.values() for run in of_seeds.values()]
+    for protocol in dict.fromkeys(name for names in stored for name in names):
         arms = {
-            recipe.path.stem: _load_arm(recipe, folder / recipe.path.stem, protocol)
+            recipe.path.stem: _arm(recipe, folder / recipe.path.stem, with_it, protocol)
             for recipe in recipes
+            if (
+                with_it := {
+                    seed: run
+                    for seed, run in runs[recipe.path.stem].items()
+                    if protocol in run["measured"]
+                }
+            )
         }
         for stem, arm in arms.items():
             reference = None if stem == model else arms.get(arm.recipe.against or model)
@@ -274,7 +286,8 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     tolerances = {
         control.result.protocol: _TOLERATED_SPREADS * control.result.seed_spread
         for control in controls
-        if control.difference is None and control.result.seed_spread is not None
+        # Another than the model has no difference where there is nothing to compare it with.
+        if control.recipe == controls[0].recipe and control.result.seed_spread is not None
     }
     facts = dict(before.training)
     if tolerances:
@@ -325,13 +338,6 @@ def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence
     gc.collect()
 
 
-def _protocols(recipe: training.Recipe) -> list[str]:
-    from zoo.registry import architecture
-
-    module_class = architecture(recipe.architecture).module_class()
-    return list(module_class.protocols_on(training.data_module(recipe)))
-
-
 def _outcomes(folder: Path) -> dict[int, Path]:
     """What the finished runs of a control have written, by their seeds in order."""
     found = {
@@ -341,17 +347,27 @@ def _outcomes(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _load_arm(recipe: training.Recipe, folder: Path, protocol: str) -> _Arm:
+def _load_runs(recipe: training.Recipe, folder: Path) -> dict[int, dict[str, Any]]:
+    """What the finished runs of a control have written, by their seeds in order.
+
+    Raises:
+        ZooError: there is none.
+    """
+    paths = _outcomes(folder)
+    if not paths:
+        raise ZooError(f"There is no finished run of {recipe.path.stem} in {folder}.")
+    return {seed: read_json(path) for seed, path in paths.items()}
+
+
+def _arm(
+    recipe: training.Recipe, folder: Path, runs: dict[int, dict[str, Any]], protocol: str
+) -> _Arm:
     import torch
 
     from zoo.tasks.base import Measurement
 
     measurements, minutes = [], 0.0
-    paths = _outcomes(folder)
-    if not paths:
-        raise ZooError(f"There is no finished run of {recipe.path.stem} in {folder}.")
-    for path in paths.values():
-        stored = read_json(path)
+    for stored in runs.values():
         one: dict[str, Any] = stored["measured"][protocol]
         measurements.append(
             Measurement(
@@ -366,10 +382,10 @@ def _load_arm(recipe: training.Recipe, folder: Path, protocol: str) -> _Arm:
         minutes += float(stored["cpu_minutes"])
     return _Arm(
         recipe=recipe,
-        seeds=tuple(paths),
+        seeds=tuple(runs),
         measurements=tuple(measurements),
         cpu_minutes=minutes,
-        parameters=_parameters(path.parent / "checkpoint" / WEIGHTS_FILE),
+        parameters=_parameters(folder / f"seed_{max(runs)}" / "checkpoint" / WEIGHTS_FILE),
     )
 
 
@@ -408,7 +424,7 @@ def _control(
         unit=first.unit,
         value=statistics.fmean(values),
         n=first.n,
-        interval=evaluation.bootstrap_interval(arm.mean_sums, first.counts),
+        interval=evaluation.bootstrap_interval(arm.mean_sums(arm.seeds), first.counts),
         interval_method=f"bootstrap over {evaluation.units(first)} of the mean over seeds",
         split=first.split,
     )
@@ -422,7 +438,10 @@ def _control(
     )
     difference, interval = None, None
     if reference is not None:
-        difference, interval = paired_difference(arm.mean_sums, reference.mean_sums, first.counts)
+        # A seed is easy or hard for both, so that means over unlike ones differ by themselves.
+        common = [seed for seed in arm.seeds if seed in reference.seeds]
+        ours, theirs = (a.mean_sums(common or a.seeds) for a in (arm, reference))
+        difference, interval = paired_difference(ours, theirs, first.counts)
     macs, speed = speeds.get(arm.recipe.path, (None, None))
     return Control(
         name=arm.recipe.name,
@@ -430,7 +449,7 @@ def _control(
         recipe=f"controls/{name}/{arm.recipe.path.name}",
         parameters=arm.parameters,
         macs=macs,
-        speed="" if speed is None else f"{speed:,.0f} {first.unit}s/s",
+        speed="" if speed is None else f"{speed:,.0f} samples/s",
         result=result,
         difference=difference,
         difference_interval=interval,
@@ -438,22 +457,36 @@ def _control(
     )
 
 
-def _speeds(recipes: Sequence[training.Recipe]) -> dict[Path, tuple[int, float]]:
-    """MACs per sample and training samples per second of each recipe.
+def _speeds(recipes: Sequence[training.Recipe], folder: Path) -> dict[Path, tuple[int, float]]:
+    """MACs per sample and training samples per second of each recipe, as it is once trained.
 
-    The recipes take turns, so that a machine whose speed drifts treats them alike; eager mode and
-    the median of a few steps, so that the figure needs no compiler.
+    Each has the weights of its first finished run: a gate that has converged skips experts, a
+    solver takes other steps than at the start, and a net may have grown. The recipes take turns, so
+    that a machine whose speed drifts treats them alike; eager mode and the median of a few steps,
+    so that the figure needs no compiler.
     """
     import warnings
 
     import torch
+
+    from zoo import checkpoints
 
     built = {}
     times: dict[Path, list[float]] = {recipe.path: [] for recipe in recipes}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # among others, that there is no trainer to log to
         for recipe in recipes:
-            cli = training.instantiate(recipe, logger=False, enable_progress_bar=False)
+            path = next(iter(_outcomes(folder / recipe.path.stem).values()))
+            trained = checkpoints.load(path.parent / "checkpoint")
+            model = {**recipe.options.get("model", {}), "network": to_json(trained.config)}
+            cli = training.instantiate(
+                dataclasses.replace(recipe, options={**recipe.options, "model": model}),
+                logger=False,
+                enable_progress_bar=False,
+            )
+            weights = trained.network.state_dict()
+            for network in (cli.model.network, cli.model.published_network):
+                network.load_state_dict(weights)
             cli.datamodule.setup("fit")
             batch = next(iter(cli.datamodule.train_dataloader()))
             built[recipe.path] = (cli.model.train(), batch, cli.trainer.precision_plugin)

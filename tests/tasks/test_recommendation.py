@@ -16,7 +16,7 @@ import yaml
 from torchmetrics.retrieval import RetrievalNormalizedDCG
 
 from tests import tiny
-from zoo import checkpoints, evaluation, training
+from zoo import cards, checkpoints, controls, evaluation, training
 from zoo.data.ratings import RatingsDataModule
 from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError
 from zoo.families.dselect_k import (
@@ -304,6 +304,70 @@ def test_pairs_are_measured_by_their_losses(tmp_path: Path) -> None:
         module.measure(data, "ndcg")
 
 
+@pytest.mark.parametrize(
+    ("task", "split", "measured", "missing"),
+    [
+        ("watch", "temporal", ("ndcg", "recall"), "rating"),
+        ("rate", "temporal", ("ndcg", "recall", "rating"), "pairs-watch"),
+        ("watch", "pairs", ("pairs-watch",), "pairs-rating"),
+        ("rate", "pairs", ("pairs-rating",), "pairs-watch"),
+    ],
+)
+def test_a_single_task_is_measured_by_what_it_predicts(
+    task: Any, split: Any, measured: tuple[str, ...], missing: str, tmp_path: Path
+) -> None:
+    data = RatingsDataModule(path=str(write_ratings(tmp_path)), split=split)
+    network = RecommenderConfig(num_users=USERS, num_items=ITEMS, tasks=(task,))
+    module = Recommender(network).eval()
+    module.bind(data)
+    outcomes = evaluation.evaluate_module(module, data)
+    assert tuple(outcome.protocol for outcome in outcomes) == module.protocols_on(data) == measured
+    assert all(math.isfinite(outcome.value) for outcome in outcomes)
+    other = "rate" if task == "watch" else "watch"
+    with pytest.raises(ZooError, match=f"does not predict '{other}'; its tasks are .'{task}',"):
+        module.measure(data, missing)
+
+
+def test_controls_of_single_tasks_and_of_a_converged_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "tiny-recommender.made"
+    home = tmp_path / "recipes" / "controls" / name
+    home.mkdir(parents=True)
+    write_recipe(tmp_path).rename(home / "both.yaml")
+    for task in ("rate", "watch"):
+        values = {
+            "zoo": {"base": "both.yaml", "name": task, "differs": f"{task} alone"},
+            "model": {"network": {"tasks": [task]}},
+        }
+        (home / f"{task}.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(controls, "shipped_folder", lambda folder: tmp_path / folder)
+    out, short = tmp_path / "out", ["trainer.max_epochs=1"]
+    arms = controls.run(name, seeds=(1,), out=out, overrides=short)
+    assert [(arm.recipe.split("/")[-1], arm.result.protocol) for arm in arms] == [
+        *((f"{stem}.yaml", "ndcg") for stem in ("both", "rate", "watch")),
+        *((f"{stem}.yaml", "recall") for stem in ("both", "rate", "watch")),
+        *((f"{stem}.yaml", "rating") for stem in ("both", "rate")),
+    ]
+    assert [arm.difference is None for arm in arms] == [arm.name == "" for arm in arms]
+    # Both tasks use the last expert alone from here on: one layer, no sum, and two towers.
+    folder = out / "both" / "seed_1" / "checkpoint"
+    trained: Any = checkpoints.load(folder)
+    dense = 4 * 16 * 16 + 2 * 4 * 16 + 2 * (16 * 8 + 8)
+    assert {arm.macs for arm in arms if not arm.name} == {dense}
+    with torch.no_grad():
+        trained.network.gate.codes.bias.fill_(1.0)
+    checkpoints.save(trained, folder, recipe=(folder / "recipe.yaml").read_text())
+    again = controls.run(name, seeds=(1,), out=out, overrides=short)
+    sparse = 16 * 16 + 2 * (16 * 8 + 8)
+    assert {arm.macs for arm in again if not arm.name} == {sparse}
+    assert [arm.macs for arm in again if arm.name] == [arm.macs for arm in arms if arm.name]
+    # The record holds them all.
+    evaluation.record(folder, name)
+    controls.record(again, folder)
+    assert cards.read_measurements(folder / "results.json").controls == tuple(again)
+
+
 # --- what a user holds in hand -------------------------------------------------------------------
 
 
@@ -414,7 +478,9 @@ def test_lists_may_be_arrays() -> None:
     liked = [10, 12]
     expected = module.recommend(liked=liked)
     assert module.recommend(liked=np.array(liked)) == expected
+    assert module.recommend(liked=torch.tensor(liked)) == expected
     assert module.recommend(liked=(str(item) for item in liked)) == expected
+    assert module.predict(torch.tensor([[1, 10]])) == module.predict([("1", "10")])
     assert module.predict(np.array([[1, 10]])) == module.predict([("1", "10")])
 
 
@@ -451,6 +517,7 @@ def test_side_features_come_from_the_data(tmp_path: Path) -> None:
         (lambda m: m.recommend("1", k=2.5), ConfigError, "k must be a whole number, got 2.5"),
         (lambda m: m.recommend("1", k=True), ConfigError, "k must be a whole number, got True"),
         (lambda m: m.recommend(liked=5), DataError, "must be a list .*, got 5"),
+        (lambda m: m.recommend(liked=torch.tensor(5)), DataError, "must be a list"),
         (lambda m: m.recommend(), ConfigError, "needs a user or a list of liked items"),
         (lambda m: m.recommend("1", liked=["10"]), ConfigError, "and not both"),
         (lambda m: m.recommend(liked=[]), DataError, "at least one title or id"),
@@ -478,9 +545,7 @@ def test_side_features_come_from_the_data(tmp_path: Path) -> None:
         (lambda m: untrained(watch_weight=1.5), ConfigError, r"watch_weight must be in \[0, 1\]"),
         (lambda m: Recommender().recommend("1"), ZooError, "train it first"),
     ],
-    assert module.recommend(liked=torch.tensor(liked)) == expected
 )
-    assert module.predict(torch.tensor([[1, 10]])) == module.predict([("1", "10")])
 def test_bad_input_has_one_clear_line(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         call(untrained())
@@ -517,7 +582,6 @@ def test_a_bad_catalogue_has_one_clear_line(changes: dict[str, Any], message: st
 
     values = {"users": ["1"], "items": ["1", "2"], "scale": [1.0, 5.0], **changes}
     with pytest.raises(ConfigError, match=message):
-        (lambda m: m.recommend(liked=torch.tensor(5)), DataError, "must be a list"),
         build(Catalogue, values, "config.json")
 
 

@@ -164,10 +164,9 @@ class ZooModule(pl.LightningModule):
         the others stay as they were drawn."""
         return {}
 
-    @classmethod
-    def protocols_on(cls, datamodule: Any) -> tuple[str, ...]:
-        """Names of the protocols that data, as they are split, can be measured by."""
-        return tuple(cls.protocols)
+    def protocols_on(self, datamodule: Any) -> tuple[str, ...]:
+        """Names of the protocols that the model can be measured by on data as they are split."""
+        return tuple(self.protocols)
 
     def samples(self, batch: Any) -> int:
         """How many samples, in the unit of `measure`, a training batch has."""

@@ -28,6 +28,7 @@ from zoo.families.dselect_k import (
     RecommenderConfig,
     RecommenderNet,
 )
+from zoo.families.dselect_k.networks import Task
 from zoo.progress import track
 from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs
 from zoo.tasks.mixtures import MixtureModule
@@ -46,6 +47,8 @@ __all__ = [
 
 _TOP = 10
 _BATCH = 16_384
+_TASK_OF: dict[str, Task] = {"rating": "rate", "pairs-watch": "watch", "pairs-rating": "rate"}
+"""Protocols that measure the loss of a task."""
 _FOLD_IN_STEPS = 100
 _FOLD_IN_RATE = 0.05
 _FOLD_IN_DECAY = 1e-2
@@ -194,10 +197,16 @@ class Recommender(MixtureModule):
     def _build(self, network: Any) -> RecommenderNet | MatrixFactorisation:
         return RecommenderNet(network)
 
-    @classmethod
-    def protocols_on(cls, datamodule: Any) -> tuple[str, ...]:
+    def protocols_on(self, datamodule: Any) -> tuple[str, ...]:
+        """See `ZooModule.protocols_on`. A model without watching ranks by the rating; losses are
+        those of its own tasks."""
         by_pairs = getattr(datamodule, "split", "temporal") == "pairs"
-        return tuple(name for name in cls.protocols if name.startswith("pairs-") is by_pairs)
+        return tuple(
+            name
+            for name in self.protocols
+            if name.startswith("pairs-") is by_pairs
+            and _TASK_OF.get(name, self.task_names[0]) in self.task_names
+        )
 
     # ---------------------------------------------------------------- training
 
@@ -279,6 +288,8 @@ class Recommender(MixtureModule):
         return losses
 
     def _weigh(self, means: dict[str, Tensor]) -> Tensor:
+        if len(means) == 1:  # nothing to be weighed against
+            return next(iter(means.values()))
         weights = {"watch": self.watch_weight, "rate": 1.0 - self.watch_weight}
         return torch.stack([weights[task] * mean for task, mean in means.items()]).sum()
 
@@ -288,8 +299,6 @@ class Recommender(MixtureModule):
         losses = self._losses(output.outputs, batch)
         rated = batch.watched.sum().clamp(min=1.0)
         means = {
-        if len(means) == 1:  # nothing to be weighed against
-            return next(iter(means.values()))
             task: loss.mean() if task == "watch" else loss.sum() / rated
             for task, loss in losses.items()
         }
@@ -340,11 +349,17 @@ class Recommender(MixtureModule):
         Sampling units are users with the temporal split, and pairs with the other.
 
         Raises:
-            ZooError: there is no such protocol, or it is not one of this split.
+            ZooError: there is no such protocol, it is not one of this split, or it is of a task
+                that the model does not have; or a score is not finite.
         """
         if protocol not in self.protocols:
             raise ZooError(
                 f"Unknown protocol {protocol!r}; choose one of {', '.join(self.protocols)}."
+            )
+        task = _TASK_OF.get(protocol)
+        if task is not None and task not in self.task_names:
+            raise ZooError(
+                f"This model does not predict {task!r}; its tasks are {self.task_names}."
             )
         if protocol not in self.protocols_on(datamodule):
             raise ZooError(
@@ -353,11 +368,11 @@ class Recommender(MixtureModule):
             )
         datamodule.setup()
         self._check_same(datamodule.ratings)
-        if protocol in ("ndcg", "recall"):
+        if task is None:
             sums = self.gains(datamodule, protocol)
             expected = len(datamodule.parts["test"].users)
         else:
-            sums, expected = self._test_losses(datamodule, protocol)
+            sums, expected = self._test_losses(datamodule, task)
         if len(sums) != expected:
             raise AssertionError(f"counted {len(sums)} samples of {expected}")
         metric, unit = {
@@ -376,13 +391,8 @@ class Recommender(MixtureModule):
             split="test",
         )
 
-    def _test_losses(self, datamodule: RatingsDataModule, protocol: str) -> tuple[Tensor, int]:
+    def _test_losses(self, datamodule: RatingsDataModule, task: Task) -> tuple[Tensor, int]:
         """Loss of each test pair, and how many there are to be."""
-        task = "watch" if protocol == "pairs-watch" else "rate"
-        if task not in self.task_names:
-            raise ZooError(
-                f"This model does not predict {task!r}; its tasks are {self.task_names}."
-            )
         pairs = datamodule.parts["test"]
         expected = len(pairs.users) if task == "watch" else int(pairs.watched.sum())
         if task == "rate":
@@ -743,18 +753,15 @@ def _finite(scores: Tensor) -> Tensor:
 
 def _in_a_list(several: Any) -> list[Any] | None:
     """What a user has given several of; None where it is one thing, as a text is."""
+    if hasattr(several, "tolist"):  # numbers of arrays and tensors as those of Python
+        several = several.tolist()
     if isinstance(several, (str, bytes)) or not isinstance(several, Iterable):
         return None
-    try:
-        return list(several)
-    except TypeError:  # an array or a tensor of one number
-        return None
+    return list(several)
 
 
 class FactorisationRecommender(Recommender):
     """The control without experts: offsets and a product of vectors; see `MatrixFactorisation`.
-    if hasattr(several, "tolist"):  # numbers of arrays and tensors as those of Python
-        several = several.tolist()
 
     Args:
         network: shape of the network.
