@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import statistics
@@ -303,6 +304,10 @@ def test_record(trained: Trained, tmp_path: Path) -> None:
         for protocol, spread in spreads.items()
         if spread is not None
     }
+    # One that there is nothing to compare with has no difference either, and is no model.
+    alone = dataclasses.replace(trained.arms[1], difference=None, difference_interval=None)
+    controls.record([trained.arms[0], alone, *trained.arms[2:]], folder)
+    assert cards.read_measurements(folder / RESULTS_FILE).training == after.training
     assert checkpoints.load(folder).load_report.initialised == ()
 
 

@@ -169,7 +169,8 @@ class ZooModule(pl.LightningModule):
         return tuple(self.protocols)
 
     def samples(self, batch: Any) -> int:
-        """How many samples, in the unit of `measure`, a training batch has."""
+        """How many samples a training batch has, as `macs` and the speed of training count them;
+        the sampling units of `measure` may be others, as users are other than pairs."""
         raise NotImplementedError(f"{type(self).__name__} does not say what a sample is")
 
     def macs(self, batch: Any) -> int:
