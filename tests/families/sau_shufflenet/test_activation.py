@@ -190,6 +190,32 @@ def test_half_precision_is_the_rounded_value(dtype: torch.dtype) -> None:
         assert (bits == wanted).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("channels", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", [2.0, 1e5])
+def test_a_trained_layer_in_half_precision(
+    beta: float, dtype: torch.dtype, channels: int | None
+) -> None:
+    """Against float64, from the parameters as they are rounded."""
+    layer = SAU(0.15, beta, train_alpha=True, train_beta=True, channels=channels).to(dtype)
+    x = (torch.linspace(-3, 3, 14).view(7, 2) / beta).to(dtype).requires_grad_()
+    exact, wide = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    assert isinstance(exact.beta, Tensor)
+    assert exact.beta.detach().allclose(torch.tensor(beta, dtype=torch.float64), rtol=0.05)
+    y, expected = layer(x), exact(wide)
+    assert y.dtype == dtype
+    y.sum().backward()
+    expected.sum().backward()
+    found = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+    for value, reference in zip(
+        found, [expected.detach(), wide.grad, *(p.grad for p in exact.parameters())], strict=True
+    ):
+        assert value is not None
+        assert reference is not None
+        allowed = 2 * EPS[dtype] * float(reference.abs().max()) + torch.finfo(dtype).tiny
+        torch.testing.assert_close(value.double(), reference, rtol=0, atol=allowed)
+
+
 def test_limits() -> None:
     x = torch.linspace(-3, 3, 601, dtype=torch.float64)
     leaky = F.leaky_relu(x, 0.15)
@@ -336,7 +362,11 @@ def test_autocast_keeps_the_dtype_and_computes_in_float32() -> None:
     torch.testing.assert_close(y, sau(x.double(), 0.15, 2.0).bfloat16(), rtol=EPS[x.dtype], atol=0)
 
 
-def test_functional_derivative_of_torch() -> None:
+def test_functional_derivatives_of_torch() -> None:
+    x = torch.tensor([-0.5, 0.1], dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda x: sau(x, 0.15, 2.0).sum(), x)
+    curvature = 0.85 * 2.0 * torch.exp(-2 * x * x) / math.sqrt(2 * math.pi)
+    torch.testing.assert_close(hessian, torch.diag(curvature))
     slope = torch.func.grad(lambda x: sau(x, 0.15, 2.0))(torch.tensor(0.1))
     torch.testing.assert_close(slope, torch.tensor(0.15 + 0.85 * 0.579259709439103))
 
@@ -390,6 +420,9 @@ def test_layer_state() -> None:
     x = torch.randn(2, 3, 4)
     assert torch.equal(copied(x), per_channel(x))
     assert repr(SAU(beta=3)) == "SAU(alpha=0.15, beta=3)"
+    whole = SAU(0, 1, train_alpha=True, train_beta=True)
+    assert {p.dtype for p in whole.parameters()} == {torch.get_default_dtype()}
+    torch.testing.assert_close(whole(x), sau(x, 0.0, 1.0))
     assert "trained" in repr(per_channel)
 
 

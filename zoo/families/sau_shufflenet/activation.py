@@ -69,7 +69,8 @@ def sau(x: Tensor, alpha: float | Tensor = 0.15, beta: float | Tensor = 2.0) -> 
     bfloat16 and float16. The absolute error is a few units in the last place of the larger of 1
     and `x`. For backward one tensor of the size of `x` is kept: the slope where only `x` needs a
     gradient, and `x` itself otherwise. Second derivatives come from the slope alone, so that in
-    half precision they have no more digits than it.
+    half precision they have no more digits than it. Of `torch.func`, `grad` and `vjp` work, while
+    `vmap` and forward mode (`jvp`, `hessian`) do not: there is `torch.autograd.functional`.
 
     Args:
         x: any shape and floating dtype; strides are kept.
@@ -455,6 +456,7 @@ class SAU(nn.Module):
     ) -> None:
         super().__init__()
         _check_range(alpha, beta)
+        alpha, beta = float(alpha), float(beta)  # whole numbers would make tensors of integers
         if channels is not None and not (train_alpha or train_beta):
             raise ValueError("channels is for trained parameters: set train_alpha or train_beta")
         if channels is not None and channels < 1:
@@ -477,9 +479,10 @@ class SAU(nn.Module):
 
     @property
     def beta(self) -> float | Tensor:
-        """Sharpness: a number when fixed, else exp(log_beta)."""
+        """Sharpness: a number when fixed, else exp(log_beta), in float32 at least: float16 ends
+        at 65,504."""
         if self.log_beta is not None:
-            return self.log_beta.exp()
+            return self.log_beta.to(_compute_dtype(self.log_beta)).exp()
         assert self._beta is not None
         return self._beta
 
