@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -183,6 +184,50 @@ def test_more_bits_come_closer() -> None:
     assert torch.equal(off(images), exact)
 
 
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Sequential(nn.ReLU(), self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x))
+        return y
+
+
+def test_shared_layers_stay_shared() -> None:
+    torch.manual_seed(0)
+    config, network = AnalogConfig(bits=2, scale="unit"), Twice()
+    analog = to_analog(network, config)
+    assert isinstance(analog, Twice)
+    assert isinstance(analog.first, AnalogLayer)
+    assert analog.second[1] is analog.first
+    # As two layers of equal weights that are not shared.
+    apart = nn.Sequential(network.first, nn.ReLU(), copy.deepcopy(network.first))
+    x = torch.randn(4, 3)
+    assert torch.equal(analog(x), to_analog(apart, config)(x))
+
+
+def test_a_single_layer() -> None:
+    linear, x = nn.Linear(5, 3), torch.randn(4, 5)
+    config = AnalogConfig(bits=3)
+    analog = to_analog(linear, config, calibrate=[x])
+    assert isinstance(analog, AnalogLayer)
+    assert analog.layer is not linear
+    inside = to_analog(nn.Sequential(linear), config, calibrate=[x])
+    assert torch.equal(analog(x), inside(x))
+
+
+def test_attention_of_torch_is_refused() -> None:
+    network = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16))
+    for model, where in ((network, r"0\.self_attn"), (nn.MultiheadAttention(8, 2), "the network")):
+        with pytest.raises(ValueError, match=rf"^{where} is an nn\.MultiheadAttention") as caught:
+            to_analog(model, AnalogConfig(scale="unit"))
+        assert "\n" not in str(caught.value)
+
+
 ERRORS: dict[str, nn.Module] = {
     "relu": nn.ReLU(),
     "gelu": nn.GELU(),
@@ -246,9 +291,10 @@ def test_gradient_error_orders_by_curvature(errors: dict[str, tuple[Tensor, Tens
         ({"bits": 2.5}, "whole number of levels"),
         ({"noise": 1.0}, r"error probability in \[0, 1\), got 1.0"),
         ({"bits": None, "noise": 0.1}, "needs bits"),
+        ({"scale": "calib"}, "scale must be one of 'calibrated', 'unit', got 'calib'"),
     ],
 )
-def test_bad_configurations(options: dict[str, float | None], message: str) -> None:
+def test_bad_configurations(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AnalogConfig(**options)  # type: ignore[arg-type]
 
@@ -260,3 +306,17 @@ def test_nothing_to_do_is_an_error() -> None:
         to_analog(nn.Sequential(nn.Linear(2, 2)), AnalogConfig())
     with pytest.raises(ValueError, match="error probability"):
         noise_std(1.0, 4)
+
+
+def test_levels_and_ranges() -> None:
+    for levels in (0, -4):
+        for call in (
+            lambda n: reduce_precision(torch.ones(2), n),
+            lambda n: noise_std(0.0, n),
+            lambda n: gradient_error(nn.ReLU(), levels=n),
+        ):
+            with pytest.raises(ValueError, match=f"levels must be at least 1, got {levels}"):
+                call(levels)
+    for largest in (0.0, 2.0, math.nan):
+        with pytest.raises(ValueError, match=r"largest must be in \(0, 1\], got"):
+            gradient_error(nn.ReLU(), levels=4, largest=largest)

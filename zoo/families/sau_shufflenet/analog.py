@@ -23,7 +23,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,14 @@ from torch.func import functional_call
 __all__ = [
     "AnalogConfig",
     "AnalogLayer",
+    "Scale",
     "gradient_error",
     "noise_std",
     "reduce_precision",
     "to_analog",
 ]
+
+Scale = Literal["calibrated", "unit"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class AnalogConfig:
     """Whether their outputs are."""
     weights: bool = True
     """Whether their weights and biases are."""
-    scale: Literal["calibrated", "unit"] = "calibrated"
+    scale: Scale = "calibrated"
     """What 1 stands for: the largest value of the tensor, or 1."""
 
     def __post_init__(self) -> None:
@@ -70,6 +73,10 @@ class AnalogConfig:
             raise ValueError(f"noise must be an error probability in [0, 1), got {self.noise}")
         if self.bits is None and self.noise:
             raise ValueError("noise is measured in levels, so it needs bits")
+        if self.scale not in get_args(Scale):
+            raise ValueError(
+                f"scale must be one of {', '.join(map(repr, get_args(Scale)))}, got {self.scale!r}"
+            )
 
     @property
     def levels(self) -> int | None:
@@ -77,8 +84,18 @@ class AnalogConfig:
         return None if self.bits is None else round(2**self.bits)
 
 
+def _check_levels(levels: int) -> None:
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1, got {levels}")
+
+
 def reduce_precision(x: Tensor, levels: int) -> Tensor:
-    """The nearest of `levels` values per unit, ties towards zero; the gradient passes unchanged."""
+    """The nearest of `levels` values per unit, ties towards zero; the gradient passes unchanged.
+
+    Raises:
+        ValueError: there is less than one level.
+    """
+    _check_levels(levels)
     rounded = torch.sign(x) * torch.ceil(x.abs() * levels - 0.5) / levels
     return x + (rounded - x).detach()
 
@@ -94,8 +111,9 @@ def noise_std(error_probability: float, levels: int) -> float:
     given probability: 1 / (2 sqrt(2) p erfinv(1 - EP)).
 
     Raises:
-        ValueError: the probability is not in [0, 1).
+        ValueError: the probability is not in [0, 1), or there is less than one level.
     """
+    _check_levels(levels)
     if not 0 <= error_probability < 1:
         raise ValueError(f"error probability must be in [0, 1), got {error_probability}")
     if error_probability == 0:
@@ -181,6 +199,9 @@ def to_analog(
 ) -> nn.Module:
     """A copy of a network with analog convolutions and linear layers; all else stays digital.
 
+    A layer that occurs under several paths stays one layer. Of a network that is itself such a
+    layer, it is the `AnalogLayer`.
+
     Args:
         network: stays as it is.
         config: how.
@@ -189,17 +210,30 @@ def to_analog(
             `config.scale="calibrated"`. Take training images.
 
     Raises:
-        ValueError: there are no convolutions or linear layers, or nothing to calibrate with.
+        ValueError: there are no convolutions or linear layers, or nothing to calibrate with; or
+            an `nn.MultiheadAttention`, which multiplies by the weights of its layers itself.
     """
+    for path, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            raise ValueError(
+                f"{path or 'the network'} is an nn.MultiheadAttention, which multiplies by the "
+                "weights of its layers itself, so that they cannot be analog"
+            )
     network = copy.deepcopy(network)
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
-    layers: list[AnalogLayer] = []
-    for path, module in list(network.named_modules()):
-        if path and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            parent, _, child = path.rpartition(".")
-            layers.append(AnalogLayer(module, config, generator))
-            setattr(network.get_submodule(parent), child, layers[-1])
+    made: dict[nn.Module, AnalogLayer] = {}
+    for path, module in list(network.named_modules(remove_duplicate=False)):
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            continue
+        if module not in made:
+            made[module] = AnalogLayer(module, config, generator)
+        if not path:
+            network = made[module]
+            break
+        parent, _, child = path.rpartition(".")
+        setattr(network.get_submodule(parent), child, made[module])
+    layers = list(made.values())
     if not layers:
         raise ValueError(f"{type(network).__name__} has no convolutions or linear layers")
     if config.scale == "calibrated" and config.levels is not None:
@@ -247,13 +281,18 @@ def gradient_error(
         activation: elementwise, a layer or a function.
         levels: per unit.
         error_probability: of the noise.
-        largest: of inputs and weights, up to 1.
+        largest: of inputs and weights, in (0, 1].
         seed: of the noise.
 
     Returns:
         The error and the exact product, both with one row for each input and one column for each
         weight.
+
+    Raises:
+        ValueError: `levels`, `error_probability` or `largest` is out of range.
     """
+    if not 0 < largest <= 1:
+        raise ValueError(f"largest must be in (0, 1], got {largest}")
     generator = torch.Generator().manual_seed(seed)
     std = noise_std(error_probability, levels)
     grid = torch.arange(-levels, levels + 1, dtype=torch.float64) / levels
