@@ -144,9 +144,10 @@ def test_groups() -> None:
         ({"width": 0.75}, "width must be one of 0.5, 1.0, 1.5, 2.0, got 0.75"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
+        ({"stem": "medium"}, "stem must be one of 'small', 'large', got 'medium'"),
     ],
 )
-def test_bad_shapes(options: dict[str, float], message: str) -> None:
+def test_bad_shapes(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShuffleNetConfig(**options)  # type: ignore[arg-type]
 

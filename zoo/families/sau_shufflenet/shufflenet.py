@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from zoo.families.sau_shufflenet.swap import Activation, make_activation
 
 __all__ = ["ShuffleNetConfig", "ShuffleNetV2"]
+
+Stem = Literal["small", "large"]
 
 _STEM = 24
 _UNITS = (4, 8, 4)
@@ -46,7 +48,7 @@ class ShuffleNetConfig:
     """Number of classes K."""
     in_channels: int = 3
     """Channels of an image: 1 for grey, 3 for colour."""
-    stem: Literal["small", "large"] = "small"
+    stem: Stem = "small"
     """For images of about 32 pixels, or, with a stride of 2 and pooling, of about 224."""
     activation: Activation = "sau-2"
     """What follows each normalisation, except those of depthwise convolutions."""
@@ -58,6 +60,10 @@ class ShuffleNetConfig:
         for field in ("num_classes", "in_channels"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.stem not in get_args(Stem):
+            raise ValueError(
+                f"stem must be one of {', '.join(map(repr, get_args(Stem)))}, got {self.stem!r}"
+            )
 
 
 def _convolution(
