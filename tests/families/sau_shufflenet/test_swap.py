@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.layers import create_act
 from torch import Tensor, nn
 
 from zoo.families.sau_shufflenet import SAU, make_activation, swap_activation
@@ -50,6 +52,15 @@ def test_timm() -> None:
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
 
 
+def test_all_of_timm_are_known() -> None:
+    gates = {"Sigmoid", "Tanh", "Hardsigmoid", "Identity"}
+    made = [timm.layers.get_act_layer(name)() for name in create_act._ACT_LAYER_DEFAULT]
+    layers = [layer for layer in made if type(layer).__name__ not in gates]
+    assert len(layers) >= 14
+    report = swap_activation(nn.Sequential(*layers), "gelu")
+    assert len(report.replaced) == len(layers)
+
+
 def test_shared_modules_stay_shared() -> None:
     shared = nn.ReLU()
     model = nn.Sequential(shared, nn.Sequential(nn.Linear(2, 2), shared))
@@ -81,10 +92,20 @@ def test_nothing_to_replace(model: nn.Module) -> None:
         swap_activation(model, "sau-2")
 
 
-def test_unknown_name_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"activation": "sau-3"}, "no activation 'sau-3'; choose one of relu"),
+        ({"activation": None}, "no activation None; choose one of relu"),
+        ({"activation": SAU()}, r"got the layer SAU\(alpha=0.15, beta=2\); pass its class"),
+        ({"activation": "gelu", "kinds": "ReLU"}, "kinds must be several .* the string 'ReLU'"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments: dict[str, Any], message: str) -> None:
     model = nn.Sequential(nn.ReLU())
-    with pytest.raises(ValueError, match="no activation 'sau-3'; choose one of relu"):
-        swap_activation(model, "sau-3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message) as caught:
+        swap_activation(model, **arguments)
+    assert "\n" not in str(caught.value)
     assert isinstance(model[0], nn.ReLU)
 
 

@@ -40,7 +40,7 @@ _OTHERS: dict[str, Callable[[], nn.Module]] = {
 _SWAPPED = (
     *("ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "ELU", "CELU", "SELU", "Softplus"),
     *("GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish", "Mish", "HardMish", "Hardswish"),
-    *("HardSwish", "SAU"),
+    *("HardMishMe", "HardSwish", "SAU"),
 )
 """Classes of torch and timm that stand between layers. Gates (sigmoid, tanh) are left alone."""
 
@@ -53,7 +53,7 @@ def make_activation(name: Activation) -> nn.Module:
     """
     if name in _OTHERS:
         return _OTHERS[name]()
-    prefix, _, preset = name.partition("-")
+    prefix, _, preset = str(name).partition("-")
     if prefix != "sau" or preset not in SAU_PRESETS:
         raise ValueError(f"no activation {name!r}; choose one of {', '.join(get_args(Activation))}")
     return SAU.preset(preset)
@@ -97,8 +97,16 @@ def swap_activation(
         What was replaced.
 
     Raises:
-        ValueError: there is no activation of this name, or nothing to replace.
+        ValueError: there is no activation of this name, or nothing to replace; or `activation` is
+            a layer instead of what makes one, or `kinds` a single string.
     """
+    if isinstance(activation, nn.Module):
+        raise ValueError(
+            f"activation must be a name or make a new layer on each call, got the layer "
+            f"{activation}; pass its class, or a functools.partial of it"
+        )
+    if isinstance(kinds, str):
+        raise ValueError(f"kinds must be several names of classes, got the string {kinds!r}")
     make = activation if callable(activation) else lambda: make_activation(activation)
     wanted = frozenset(kinds)
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
