@@ -5,13 +5,18 @@ Untrained networks alone; pretrained weights come from `zoo.load`, which checks 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import contextlib
+from typing import Any, get_args
 
+import torch.nn.functional as F
+from timm.layers import create_classifier, get_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.families.sau_shufflenet import Activation, ShuffleNetConfig, ShuffleNetV2, swap_activation
+from zoo.families.sau_shufflenet.shufflenet import Stem
 
 __all__ = [
     "sau_shufflenet_v2_x0_5",
@@ -24,12 +29,16 @@ __all__ = [
 class _ShuffleNet(ShuffleNetV2):
     """A ShuffleNet with the arguments and attributes of timm's models."""
 
+    global_pool: Any
+
     def __init__(
         self,
         width: float,
         num_classes: int = 1000,
         in_chans: int = 3,
-        stem: Literal["small", "large"] = "large",
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        stem: Stem = "large",
         activation: Activation = "sau-2",
         act_layer: Any = None,
     ) -> None:
@@ -41,6 +50,9 @@ class _ShuffleNet(ShuffleNetV2):
             activation=activation,
         )
         super().__init__(config)
+        if isinstance(act_layer, str) and act_layer not in get_args(Activation):
+            with contextlib.suppress(KeyError):  # a name that timm does not know either
+                act_layer = get_act_layer(act_layer)
         if act_layer is not None:
             swap_activation(self, act_layer)
         first = 2 if stem == "small" else 8
@@ -48,19 +60,75 @@ class _ShuffleNet(ShuffleNetV2):
             {"num_chs": channels, "reduction": first << i, "module": f"stages.{i}"}
             for i, channels in enumerate(self.stage_channels)
         ]
-        self.reset_classifier(num_classes)
+        self.drop_rate = drop_rate
+        self.reset_classifier(num_classes, global_pool)
 
     def get_classifier(self) -> nn.Module:
         """The layer that makes logits of features."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace that layer; 0 leaves features."""
+        """Replace that layer by a new one; 0 classes leave features.
+
+        Args:
+            num_classes: number of classes.
+            global_pool: timm's name of the pooling: "avg", "max", "avgmax", "catavgmax", or "" for
+                feature maps, which go with 0 classes alone; None: as it is.
+
+        Raises:
+            ValueError: classes are asked for without pooling.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        if num_classes and not global_pool:
+            raise ValueError(f"global_pool='' is for num_classes=0, got {num_classes}: name a pool")
+        like = next(self.last.parameters())
+        pool, head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
         self.num_classes = num_classes
-        if num_classes == 0:
-            self.head = nn.Identity()
-        elif not isinstance(self.head, nn.Linear) or self.head.out_features != num_classes:
-            self.head = nn.Linear(self.num_features, num_classes)
+        self.head_hidden_size = self.num_features * pool.feat_mult()
+        self.global_pool = pool.train(self.training)
+        self.head = head.to(like.device, like.dtype).train(self.training)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling, dropout and, without `pre_logits`, the classifier."""
+        pooled: Tensor = F.dropout(self.global_pool(features), self.drop_rate, self.training)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward_intermediates(  # type: ignore[override]
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Feature maps after stages, as timm's models give them.
+
+        Args:
+            x: B x C x H x W normalised images.
+            indices: which of the three stages; a number means that many last ones, None all.
+            norm: without effect; maps are normalised.
+            stop_early: compute no more than the last of them needs.
+            output_fmt: "NCHW".
+            intermediates_only: whether to return the maps alone.
+
+        Returns:
+            Features as of `forward_features`, or where it stopped early; and the maps.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.stages), indices)
+        self._check(x)
+        parts = [self.stem, *self.stages, self.last]
+        if stop_early and last < len(self.stages) - 1:
+            parts = parts[: last + 2]
+        maps = []
+        for index, part in enumerate(parts, start=-1):
+            x = part(x)
+            if index in taken:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Not supported.
