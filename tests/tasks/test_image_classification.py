@@ -272,6 +272,9 @@ def test_grey_images() -> None:
     assert model.predict(torch.from_numpy(pixels)) == expected
     assert model.predict(torch.from_numpy(pixels)[:, None]) == expected
     assert model.predict([Image.fromarray(p) for p in pixels]) == expected
+    for shape in ((4, 6, 3), (4, 6, 4), (2, 4, 6, 3)):
+        with pytest.raises(DataError, match=r"6, [34]\) is no image: expected H x W x 1\.$"):
+            model.predict(np.zeros(shape, dtype=np.uint8))
 
 
 GOOD = np.zeros((*SIZE, 3), dtype=np.uint8)
@@ -298,6 +301,7 @@ GOOD = np.zeros((*SIZE, 3), dtype=np.uint8)
         (3, "predict takes paths, PIL images, arrays and tensors, got int"),
         (None, "predict takes paths, PIL images, arrays and tensors, got NoneType"),
         ("nowhere.png", r"No picture at nowhere\.png"),
+        ("a\0b.png", r"'a\\x00b\.png' is no path of a picture: embedded null byte"),
         (Path(__file__), "Cannot read the picture .*: it is no picture"),
         ([], "predict got no images"),
         ([torch.zeros(0, 3, *SIZE)], r"no images in a batch of shape \(0, 3,"),

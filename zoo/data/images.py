@@ -244,6 +244,8 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Tensor:
         if isinstance(error, FileNotFoundError):
             raise DataError(f"No picture at {path}.") from None
         raise DataError(f"Cannot read the picture {path}: {error.strerror or error}.") from None
+    except ValueError as error:  # as of a path with a null byte
+        raise DataError(f"{str(path)!r} is no path of a picture: {error}.") from None
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 

@@ -419,7 +419,11 @@ def images_of(image: Any, preprocessing: ImagePreprocessing) -> list[Tensor]:
             ) from None
         if tensor.ndim >= 3 and tensor.shape[-1] == preprocessing.channels:
             tensor = tensor.movedim(-1, -3)
-        elif tensor.ndim >= 3 and preprocessing.channels > 1:
+        elif tensor.ndim >= 3 and (
+            preprocessing.channels > 1
+            # Colours, where a grey image would be as wide as the model takes.
+            or (tensor.shape[-1] in (3, 4) and tensor.shape[-1] != preprocessing.size[1])
+        ):
             raise DataError(
                 f"An array of shape {tuple(image.shape)} is no image: expected H x W x "
                 f"{preprocessing.channels}."
