@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import zoo
 from tests import tiny, tiny_images
 from zoo import analog, evaluation, figures, training
 from zoo.analog import AnalogSettings, parse_settings
-from zoo.errors import ConfigError, ZooError
+from zoo.data import images
+from zoo.data.images import ImageDataModule
+from zoo.errors import ConfigError, DataError, ZooError
+from zoo.families.sau_shufflenet.analog import AnalogConfig, to_analog
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_settings_from_words() -> None:
     assert parse_settings([]) == AnalogSettings()
-    found = parse_settings(["bits=4,6", "noise=0.5", "repeats=2", "seed=7"])
-    assert found == AnalogSettings(bits=(4.0, 6.0), noise=(0.5,), repeats=2, seed=7)
+    found = parse_settings(["bits=4,6", "noise=0.5", "repeats=2", "seed=7", "scale=unit"])
+    assert found == AnalogSettings(bits=(4.0, 6.0), noise=(0.5,), repeats=2, seed=7, scale="unit")
 
 
 @pytest.mark.parametrize(
@@ -41,11 +49,83 @@ def test_settings_from_words() -> None:
         ("bits=", "analog bits takes numbers"),
         ("repeats=0", "repeats must be at least 1, got 0"),
         ("seed=-1", "seed must not be negative, got -1"),
+        ("bits=4,6,4", "analog bits has 4 more than once"),
+        ("noise=0.5 noise=0.2", "analog noise is given twice; write noise=A,B for several"),
+        ("seed=1 seed=1", "analog seed is given twice"),
+        ("scale=calib", "analog scale must be one of calibrated, unit, got calib"),
     ],
 )
 def test_bad_words(word: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_settings([word])
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_settings(word.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_calibration_sees_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_images.write_folder(tmp_path)
+    data = ImageDataModule(path=str(folder), size=tiny_images.SIZE)
+    monkeypatch.setattr(analog, "_CALIBRATION_IMAGES", 6)
+    found = analog._calibration_images(data)
+    every = data.preprocessing.normalise(data.train_images)
+    of_class = [every[data.train_labels == label] for label in range(3)]
+    seen = [[any(torch.equal(one, o) for o in images) for one in found] for images in of_class]
+    assert [sum(row) for row in seen] == [2, 2, 2]
+    monkeypatch.setattr(analog, "_CALIBRATION_IMAGES", 10 * len(every))
+    assert torch.equal(analog._calibration_images(data), every)
+
+
+def test_scale_unit_reads_no_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = images._read_known
+
+    def only_some(name: str, part: Any, data_dir: Any) -> images.ImageSplit:
+        if part == "train":
+            raise DataError("there are no training images")
+        return images.ImageSplit(*(tensor[:100] for tensor in read(name, part, data_dir)))
+
+    monkeypatch.setattr(images, "_read_known", only_some)
+    weight = "sau-shufflenet-v2-x0-5.fashion-mnist"
+    settings = AnalogSettings(bits=(12.0,), noise=(0.0,), repeats=1, scale="unit")
+    found = analog.sweep(weight, settings)
+    assert found.results[0].n == 100
+    # Values are cut off at 1, as by the network that is wrapped by hand.
+    module = zoo.load(weight)
+    module.network = to_analog(module.network, AnalogConfig(bits=12, scale="unit"))
+    data = ImageDataModule("fashion-mnist")
+    assert found.results[0].mean == float(module.measure(data, "test").sums.mean())
+    with pytest.raises(DataError, match="no training images"):
+        analog.sweep(weight, dataclasses.replace(settings, scale="calibrated"))
+
+
+def test_nothing_is_measured_in_vain(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong is said before; what fails afterwards leaves the table."""
+    words = ["evaluate", folder, "--analog", "bits=6", "noise=0.2", "repeats=1"]
+    (tmp_path / "file").write_text("no folder")
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "evaluate_module", None)
+        for more, message in (
+            (("--beside", "nowhere"), "nowhere"),
+            (("--beside", "cached-transformer-lm"), "is no image classifier"),
+            (("--figures", tmp_path / "file"), "File exists"),
+        ):
+            said = tiny.run(*words, *more)
+            assert said.status == 2
+            assert message in said.err
+        patched.setitem(sys.modules, "matplotlib.figure", None)
+        said = tiny.run(*words, "--figures", tmp_path / "figures")
+        assert (said.status, said.out) == (2, "")
+        assert "Figures need matplotlib" in said.err
+    assert not (tmp_path / "figures").exists()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures, "draw_analog", fail)
+    said = tiny.run(*words, "--figures", tmp_path / "figures")
+    assert said.status == 2
+    assert said.out.splitlines()[0].split()[:2] == ["model", "bits"]
+    assert len(said.out.splitlines()) == 2
 
 
 def test_sweep(folder: Path, tmp_path: Path) -> None:

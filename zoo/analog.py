@@ -10,14 +10,21 @@ import dataclasses
 import os
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from zoo import checkpoints, evaluation, hub, training
 from zoo.errors import ConfigError, ZooError, nearest
+from zoo.families.sau_shufflenet.analog import AnalogConfig, Scale, to_analog
 from zoo.files import RECIPE_FILE
 from zoo.progress import track
 
-__all__ = ["AnalogResult", "AnalogSettings", "AnalogSweep", "parse_settings", "sweep"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zoo.data.images import ImageDataModule
+    from zoo.tasks.image_classification import ImageClassifier
+
+__all__ = ["AnalogResult", "AnalogSettings", "AnalogSweep", "parse_settings", "sweep", "sweeps"]
 
 _CALIBRATION_IMAGES = 500
 
@@ -27,7 +34,7 @@ class AnalogSettings:
     """What to measure: each precision with each amount of noise.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or given twice.
     """
 
     bits: tuple[float, ...] = (4.0, 6.0, 8.0)
@@ -38,15 +45,26 @@ class AnalogSettings:
     """Draws of the noise for each of them."""
     seed: int = 0
     """Of the first draw; the others count on."""
+    scale: Scale = "calibrated"
+    """What 1 stands for: the largest value of each tensor on training images, or 1, which needs no
+    training images, and cuts off what is larger."""
 
     def __post_init__(self) -> None:
         for name in ("bits", "noise"):
-            if not getattr(self, name):
+            values = getattr(self, name)
+            if not values:
                 raise ConfigError(f"analog {name} needs at least one value")
+            if len(set(values)) < len(values):
+                twice = next(value for value in values if values.count(value) > 1)
+                raise ConfigError(f"analog {name} has {twice:g} more than once")
         if self.repeats < 1:
             raise ConfigError(f"analog repeats must be at least 1, got {self.repeats}")
         if self.seed < 0:
             raise ConfigError(f"analog seed must not be negative, got {self.seed}")
+        if self.scale not in get_args(Scale):
+            raise ConfigError(
+                f"analog scale must be one of {', '.join(get_args(Scale))}, got {self.scale}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,10 +109,10 @@ class AnalogSweep:
 
 
 def parse_settings(words: Iterable[str]) -> AnalogSettings:
-    """Settings from `bits=4,6 noise=0.2,0.5 repeats=3 seed=0`.
+    """Settings from `bits=4,6 noise=0.2,0.5 repeats=3 seed=0 scale=calibrated`.
 
     Raises:
-        ConfigError: a key is unknown or a value is no number.
+        ConfigError: a key is unknown or given twice, or a value is no number.
     """
     known = {field.name for field in dataclasses.fields(AnalogSettings)}
     values: dict[str, Any] = {}
@@ -103,10 +121,14 @@ def parse_settings(words: Iterable[str]) -> AnalogSettings:
         if not equals or key not in known:
             raise ConfigError(
                 f"Cannot read {word!r} after --analog.{nearest(key, known)} Write bits=4,6 "
-                "noise=0.2,0.5 repeats=3 seed=0."
+                "noise=0.2,0.5 repeats=3 seed=0 scale=calibrated."
             )
+        if key in values:
+            raise ConfigError(f"analog {key} is given twice; write {key}=A,B for several values.")
         try:
-            if key in ("bits", "noise"):
+            if key == "scale":
+                values[key] = text
+            elif key in ("bits", "noise"):
                 values[key] = tuple(float(part) for part in text.split(","))
             else:
                 values[key] = int(text)
@@ -122,7 +144,8 @@ def sweep(
 ) -> AnalogSweep:
     """Measure a classifier on its test images, at each setting and without any.
 
-    Scales are calibrated on the first training images; see `zoo.families.sau_shufflenet.analog`.
+    Scales are calibrated on 500 training images, evenly spread over the set; see
+    `zoo.families.sau_shufflenet.analog`. With `settings.scale="unit"` no training image is read.
 
     Args:
         name: a weight, a checkpoint folder, or a repository on the Hub.
@@ -133,43 +156,90 @@ def sweep(
         ConfigError: a setting is out of range.
         ZooError: the model is no image classifier, or its data are not to be had.
     """
-    from zoo.families.sau_shufflenet.analog import AnalogConfig, to_analog
-    from zoo.tasks.image_classification import ImageClassifier
+    return sweeps([name], settings, data_dir)[0]
 
+
+def sweeps(
+    names: Sequence[str | os.PathLike[str]],
+    settings: AnalogSettings = AnalogSettings(),
+    data_dir: str | os.PathLike[str] | None = None,
+) -> list[AnalogSweep]:
+    """Measure several classifiers as `sweep` does.
+
+    All models and data are loaded before the first is measured, so that one that cannot be had
+    costs no measurement.
+
+    Raises:
+        ConfigError, ZooError: as of `sweep`.
+    """
     try:
-        jobs = [
-            (AnalogConfig(bits=bits, noise=noise), repeat)
+        configs = [
+            AnalogConfig(bits=bits, noise=noise, scale=settings.scale)
             for bits in settings.bits
             for noise in settings.noise
-            for repeat in range(settings.repeats)
         ]
     except ValueError as error:
         raise ConfigError(f"--analog: {error}") from None
+    loaded = [_load(name, settings, data_dir) for name in names]
+    return [_measure(one, configs, settings) for one in loaded]
+
+
+class _Loaded(NamedTuple):
+    """A classifier and its images."""
+
+    name: str
+    module: ImageClassifier
+    datamodule: ImageDataModule
+
+
+def _load(
+    name: str | os.PathLike[str],
+    settings: AnalogSettings,
+    data_dir: str | os.PathLike[str] | None,
+) -> _Loaded:
+    from zoo.tasks.image_classification import ImageClassifier
+
     folder, card = hub.resolve(name)
     module = checkpoints.load(folder, files=None if card is None else card.files)
     if not isinstance(module, ImageClassifier):
         raise ZooError(f"{name} is no image classifier, which --analog is for.")
     datamodule = training.data_module(training.read_recipe(folder / RECIPE_FILE), data_dir)
-    datamodule.setup()
-    images = datamodule.preprocessing.normalise(datamodule.train_images[:_CALIBRATION_IMAGES])
+    datamodule.setup("test" if settings.scale == "unit" else None)
+    return _Loaded(str(name) if card is None else card.name, module, datamodule)
+
+
+def _measure(
+    loaded: _Loaded, configs: Sequence[AnalogConfig], settings: AnalogSettings
+) -> AnalogSweep:
+    name, module, datamodule = loaded
+    images = [] if settings.scale == "unit" else [_calibration_images(datamodule)]
     digital_network = module.network
     (digital,) = evaluation.evaluate_module(module, datamodule)
-    accuracies: dict[tuple[float, float], list[float]] = {}
+    accuracies: dict[AnalogConfig, list[float]] = {config: [] for config in configs}
+    jobs = [(config, repeat) for config in configs for repeat in range(settings.repeats)]
     for config, repeat in track(jobs, "analog"):
         module.network = to_analog(
-            digital_network, config, seed=settings.seed + repeat, calibrate=[images]
+            digital_network, config, seed=settings.seed + repeat, calibrate=images
         )
         (outcome,) = evaluation.evaluate_module(module, datamodule)
+        accuracies[config].append(outcome.value)
+    results = []
+    for config, values in accuracies.items():
         assert config.bits is not None
-        accuracies.setdefault((config.bits, config.noise), []).append(outcome.value)
-    return AnalogSweep(
-        name=str(name) if card is None else card.name,
-        digital=digital.value,
-        results=tuple(
-            AnalogResult(bits=bits, noise=noise, accuracies=tuple(values), n=digital.n)
-            for (bits, noise), values in accuracies.items()
-        ),
-    )
+        results.append(
+            AnalogResult(
+                bits=config.bits, noise=config.noise, accuracies=tuple(values), n=digital.n
+            )
+        )
+    return AnalogSweep(name=name, digital=digital.value, results=tuple(results))
+
+
+def _calibration_images(datamodule: ImageDataModule) -> Tensor:
+    """Normalised training images from all over the set: folders are read class by class."""
+    images = datamodule.train_images
+    count = min(_CALIBRATION_IMAGES, len(images))
+    rows = [index * len(images) // count for index in range(count)]
+    return datamodule.preprocessing.normalise(images[rows])
 
 
 def rows(sweeps: Sequence[AnalogSweep]) -> list[list[str]]:

@@ -178,7 +178,8 @@ def _parser() -> _Parser:
         nargs="+",
         metavar="KEY=VALUES",
         help="measure a classifier with quantised, noisy activations and weights instead: "
-        "bits=4,6,8 noise=0.2,0.5 repeats=3 seed=0",
+        "bits=4,6,8 noise=0.2,0.5 repeats=3 seed=0 scale=calibrated; scale=unit needs no training "
+        "images, and cuts values off at 1",
     )
     sub.add_argument(
         "--beside", action="append", metavar="NAME", help="with --analog: another classifier"
@@ -642,12 +643,11 @@ def _analog(options: argparse.Namespace) -> int:
 
     settings = analog.parse_settings(options.analog)
     names = [options.name, *(options.beside or [])]
-    sweeps = [analog.sweep(name, settings, options.data_dir) for name in names]
     if options.figures:
         from zoo import figures
 
-        for path in figures.draw_analog(sweeps, Path(options.figures)):
-            print(f"Drew {path}", file=sys.stderr)
+        figures.prepare(Path(options.figures))
+    sweeps = analog.sweeps(names, settings, options.data_dir)
     if options.json:
         from zoo.configs import to_json
 
@@ -655,6 +655,10 @@ def _analog(options: argparse.Namespace) -> int:
     else:
         header = ["model", "bits", "noise", "accuracy", "spread", "digital", "images"]
         _table(header, analog.rows(sweeps))
+    if options.figures:
+        sys.stdout.flush()  # what was measured is out, whatever becomes of the figures
+        for path in figures.draw_analog(sweeps, Path(options.figures)):
+            print(f"Drew {path}", file=sys.stderr)
     return OK
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "expert_usage",
     "loss_unit",
     "losses_by_position",
+    "prepare",
     "read_metrics",
 ]
 
@@ -68,6 +69,17 @@ def draw(
     return paths
 
 
+def prepare(out: Path) -> None:
+    """Make the folder of figures; to be called before what takes long and is drawn afterwards.
+
+    Raises:
+        ZooError: matplotlib is missing.
+        OSError: there can be no such folder.
+    """
+    _figure_class()
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def draw_analog(sweeps: Sequence[AnalogSweep], out: Path) -> list[Path]:
     """Accuracy over precision at the least noise, and over noise at the highest precision.
 
@@ -81,7 +93,7 @@ def draw_analog(sweeps: Sequence[AnalogSweep], out: Path) -> list[Path]:
     Raises:
         ZooError: matplotlib is missing.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    prepare(out)
     paths = []
     for over, fixed, best, label in (
         ("bits", "noise", min, "bits: 2^bits levels per unit"),
@@ -147,14 +159,18 @@ def draw_controls(arms: Mapping[str, Sequence[Path]], unit: str, path: Path) -> 
     return path
 
 
-@contextmanager
-def _figure(path: Path, width: float = 6.0, height: float = 3.5) -> Iterator[Any]:
-    """An axes to draw on, saved to `path` at the end."""
+def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ZooError("Figures need matplotlib: pip install 'zoo[figures]'.") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
+    return Figure
+
+
+@contextmanager
+def _figure(path: Path, width: float = 6.0, height: float = 3.5) -> Iterator[Any]:
+    """An axes to draw on, saved to `path` at the end."""
+    figure = _figure_class()(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     yield axes
