@@ -28,6 +28,10 @@ NOT_RUN_HERE = {
     "bash ci/quickstart.sh": "installs into an environment of its own; CI runs it",
     "bash ci/test.sh": "would run these tests from within themselves; CI runs it",
     "zoo evaluate cached-transformer-lm": "test_wheel.py runs it, marked slow",
+    "zoo evaluate sau-shufflenet-v2-x0-5.fashion-mnist --analog bits=4,6 noise=0.2 "
+    "--beside ode-resnet.fashion-mnist --figures analog": (
+        "measures all test images 14 times; test_analog.py has fewer"
+    ),
     "zoo transfer austen": "trains for an hour; test_transfer.py has less to do",
     "zoo finetune cached-transformer-lm --data my.txt --strategy ddp --devices 2 --out runs/ddp": (
         PROCESSES
