@@ -1,23 +1,28 @@
 """What SAU costs beside GELU, PReLU and the composite expression, and what it keeps for backward.
 
 Forward and backward of a million elements, contiguous and channels last, eager and compiled; then
-a training step of the network.
+a training step of the network, and the batch that it needs.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.benchmarks._harness import Comparison, race, repeated
+from zoo.data.images import AugmentConfig, ImageBatch, ImageDataModule, ImageSplit
 from zoo.families.sau_shufflenet import SAU, Activation, ShuffleNetConfig, ShuffleNetV2
 
 ROUNDS = 15
 AT_MOST = 1.5
 AT_MOST_COMPILED = 1.2
+AT_MOST_FEEDING = 0.2
+"""Data come at least five times as fast as the network takes them."""
 SHAPE = (128, 128, 8, 8)
 """A million elements."""
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
@@ -44,7 +49,7 @@ def run(rounds: int) -> list[Comparison]:
     for layout, memory_format in LAYOUTS.items():
         comparisons += _layers(layout, memory_format, rounds)
     comparisons += _kept()
-    return comparisons + _networks(rounds)
+    return [*comparisons, *_networks(rounds), _feeding(rounds)]
 
 
 def _layers(layout: str, memory_format: torch.memory_format, rounds: int) -> list[Comparison]:
@@ -154,3 +159,35 @@ def _networks(rounds: int) -> list[Comparison]:
         for name in names
         if name != "GELU"
     ]
+
+
+def _feeding(rounds: int) -> Comparison:
+    """A batch of noise in place of CIFAR-100, cropped and mirrored, beside the step it is for."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(100, (len(images),), generator=generator)
+    data = ImageDataModule(
+        "cifar100", batch_size=128, augment=AugmentConfig(crop_padding=4, flip=True)
+    )
+    data._train = ImageSplit(images, labels), None
+    loader = data.train_dataloader()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    network = ShuffleNetV2(ShuffleNetConfig(width=0.5, activation="sau-2")).to(
+        memory_format=torch.channels_last
+    )
+    batch: ImageBatch = next(batches)
+
+    def step() -> None:
+        network.zero_grad()
+        placed = batch.images.contiguous(memory_format=torch.channels_last)
+        F.cross_entropy(network(placed), batch.targets).backward()
+
+    taken = race({"feed": repeated(lambda: next(batches)), "step": repeated(step)}, rounds)
+    return Comparison(
+        name="128 images of 32 x 32, cropped and mirrored",
+        contestant="ImageDataModule: a batch",
+        peer="training step of ShuffleNet V2 0.5x on it",
+        values=taken["feed"],
+        peer_values=taken["step"],
+        at_most=AT_MOST_FEEDING,
+    )
