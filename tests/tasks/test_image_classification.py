@@ -512,7 +512,7 @@ def test_controls_are_paired_over_images(tmp_path: Path, monkeypatch: pytest.Mon
     for control, width in ((model, 8), (narrow, 1)):
         assert control.macs == 9 * 3 * width * SIZE[0] * SIZE[1] + 4 * width * 3
         assert control.parameters == (27 + 1) * width + 2 * width + 4 * width * 3 + 3
-        assert control.speed.endswith(" images/s")
+        assert control.speed.endswith(" samples/s")
 
 
 def test_figures(run: training.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
