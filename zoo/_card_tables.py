@@ -74,7 +74,7 @@ def fill_all(card: Card, diagnostics: Mapping[str, Any] | None = None) -> str:
 
 def models(cards: Iterable[Card]) -> str:
     """The README's table of models, one line for each card."""
-    return _table(
+    return table(
         ["Model", "Task", "Parameters", "Measured", "95 % interval", "Samples", "Size", "Licence"],
         [
             [
@@ -116,7 +116,7 @@ def _reproduction(card: Card) -> str:
 
 
 def _result_table(card: Card) -> str:
-    return _table(
+    return table(
         [
             "Metric",
             "Value",
@@ -144,7 +144,7 @@ def _result_table(card: Card) -> str:
 
 
 def _controls(card: Card) -> str:
-    return _table(
+    return table(
         [
             "Net",
             "Differs in",
@@ -214,7 +214,7 @@ def _diagnostics(card: Card, found: Mapping[str, Any]) -> str:
 
 
 def _solver_table(curve: Sequence[Mapping[str, Any]], metric: str) -> str:
-    return _table(
+    return table(
         ["Solver", "Steps or tolerance", "Evaluations", metric.capitalize()],
         [
             [
@@ -229,7 +229,7 @@ def _solver_table(curve: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 
 def _block_table(blocks: Sequence[Mapping[str, Any]]) -> str:
-    return _table(
+    return table(
         [
             "Block",
             "Radius of a step",
@@ -257,7 +257,7 @@ def _block_table(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _reported(card: Card) -> str:
-    return _table(
+    return table(
         ["Metric", "Value", "Source", "Evidence", "How our protocol differs"],
         [
             [
@@ -273,13 +273,14 @@ def _reported(card: Card) -> str:
 
 
 def _files(card: Card) -> str:
-    return _table(
+    return table(
         ["File", "Bytes", "sha256"],
         [[record.name, f"{record.size:,}", f"`{record.sha256}`"] for record in card.files],
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; "None." without rows."""
     if not rows:
         return "None."
     lines = [header, ["---"] * len(header), *rows]

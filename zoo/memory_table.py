@@ -329,12 +329,10 @@ def markdown(measured: Sequence[Row]) -> str:
     found = {(row.network, row.policy): row for row in measured}
     networks = list(dict.fromkeys(row.network for row in measured))
     policies = list(dict.fromkeys(row.policy for row in measured))
-    lines = [
+    return _card_tables.table(
         ["trained", *(f"`{network}`" for network in networks)],
-        ["---"] * (1 + len(networks)),
-        *([policy, *(_cell(found[name, policy]) for name in networks)] for policy in policies),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        [[policy, *(_cell(found[name, policy]) for name in networks)] for policy in policies],
+    )
 
 
 def _cell(row: Row) -> str:

@@ -670,7 +670,7 @@ def write(
             "points": [dataclasses.asdict(point) | {"verdict": point.verdict} for point in points],
         },
     )
-    table = _markdown([HEADER, *rows(points)])
+    table = _card_tables.table(HEADER, rows(points))
     text = (
         f"# {example.title[0].upper()}{example.title[1:]}\n\nData in {example.unit}.\n\n{table}\n"
     )
@@ -699,7 +699,7 @@ def update_readme(readme: Path, folder: Path) -> None:
 
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """One table of several outcomes, each as `write` keeps it."""
-    lines: list[Sequence[str]] = [["example", *HEADER]]
+    lines = []
     for record in records:
         title = f"`{record['example']}`: {EXAMPLES[record['example']].title}"
         for stored in record["points"]:
@@ -708,9 +708,4 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
             row[1] += f" {record['unit']}"
             lines.append([title, *row])
             title = ""
-    return _markdown(lines)
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
+    return _card_tables.table(["example", *HEADER], lines)
