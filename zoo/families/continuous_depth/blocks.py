@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.families.choices import check_choice
 from zoo.families.continuous_depth.solvers import (
     TABLEAUS,
     Solution,
     SolverConfig,
     Statistics,
-    check_choice,
     solve,
 )
 

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.families.choices import check_choices
 from zoo.families.continuous_depth.blocks import ODEBlock, SolverKnob
-from zoo.families.continuous_depth.solvers import SolverConfig, check_choices
+from zoo.families.continuous_depth.solvers import SolverConfig
 
 __all__ = ["ContinuousFlow", "CouplingFlow", "FlowConfig", "FlowField", "build_flow"]
 

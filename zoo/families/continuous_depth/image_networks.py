@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.families.choices import check_choices
 from zoo.families.continuous_depth.blocks import (
     BasisName,
     ODEBlock,
     SolverKnob,
     TimeVaryingConv2d,
 )
-from zoo.families.continuous_depth.solvers import SolverConfig, check_choices
+from zoo.families.continuous_depth.solvers import SolverConfig
 
 __all__ = [
     "ODE_RESNET_PRESETS",

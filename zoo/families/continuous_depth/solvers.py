@@ -28,13 +28,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import SolverError, nearest
+from zoo.families.choices import check_choices
 
 __all__ = [
     "ADAPTIVE_METHODS",
@@ -46,8 +47,6 @@ __all__ = [
     "SolverConfig",
     "Statistics",
     "Tableau",
-    "check_choice",
-    "check_choices",
     "runge_kutta_step",
     "solve",
     "step_grid",
@@ -75,34 +74,6 @@ _INSIDE = 1e-9
 """Last stages are evaluated this fraction of a step before its end, and first stages of steps
 backwards in time as far after their start: a field that is piecewise constant in time, each piece
 with its first moment and without its last, is then seen from inside the step."""
-
-
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Check that a value is one of a `Literal`.
-
-    Args:
-        name: what it is, for messages.
-        value: what was given.
-        choices: the `Literal`.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if value not in get_args(choices):
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}"
-        )
-
-
-def check_choices(config: Any) -> None:
-    """Check all fields of a configuration, a dataclass, whose type is a `Literal`.
-
-    Raises:
-        ValueError: the value of one is none of its choices.
-    """
-    for name, annotation in get_type_hints(type(config)).items():
-        if get_origin(annotation) is Literal:
-            check_choice(name, getattr(config, name), annotation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

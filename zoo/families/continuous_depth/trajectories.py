@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import SolverError
+from zoo.families.choices import check_choices
 from zoo.families.continuous_depth.blocks import ODEBlock, SolverKnob
-from zoo.families.continuous_depth.solvers import SolverConfig, check_choices
+from zoo.families.continuous_depth.solvers import SolverConfig
 
 __all__ = ["LatentODE", "TrajectoryConfig", "TrajectoryRNN", "build_trajectory_network"]
 

@@ -23,11 +23,13 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from zoo.families.choices import check_choice
 
 __all__ = [
     "AnalogConfig",
@@ -73,10 +75,7 @@ class AnalogConfig:
             raise ValueError(f"noise must be an error probability in [0, 1), got {self.noise}")
         if self.bits is None and self.noise:
             raise ValueError("noise is measured in levels, so it needs bits")
-        if self.scale not in get_args(Scale):
-            raise ValueError(
-                f"scale must be one of {', '.join(map(repr, get_args(Scale)))}, got {self.scale!r}"
-            )
+        check_choice("scale", self.scale, Scale)
 
     @property
     def levels(self) -> int | None:

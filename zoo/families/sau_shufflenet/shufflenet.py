@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from zoo.families.choices import check_choice
 from zoo.families.sau_shufflenet.swap import Activation, make_activation
 
 __all__ = ["ShuffleNetConfig", "ShuffleNetV2"]
@@ -60,10 +61,7 @@ class ShuffleNetConfig:
         for field in ("num_classes", "in_channels"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if self.stem not in get_args(Stem):
-            raise ValueError(
-                f"stem must be one of {', '.join(map(repr, get_args(Stem)))}, got {self.stem!r}"
-            )
+        check_choice("stem", self.stem, Stem)
 
 
 def _convolution(
