@@ -19,14 +19,17 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """Processor and cores, as far as the system tells; no name of the machine."""
+    """Processor, cores and accelerators, as far as the system tells; no name of the machine."""
+    import torch
+
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores"
+    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join([f"{name}, {os.cpu_count()} cores", *cuda])
 
 
 @functools.cache

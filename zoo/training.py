@@ -83,6 +83,9 @@ _DECISIVE = (
 )
 """Options of the trainer that decide what is learned; of the others, the machine and its owner."""
 
+_FOR_SPEED = ("channels_last", "compile")
+"""Options of a module that suit a machine, and decide nothing of what is learned."""
+
 _ZOO_KEYS = ("architecture", "data", "weight", "base", "name", "differs", "against", "finetune")
 
 
@@ -421,7 +424,7 @@ def _decisive(resolved: dict[str, Any]) -> dict[str, Any]:
     found["seed_everything"] = resolved.get("seed_everything")
     trainer = resolved.get("trainer", {})
     _flatten(found, "trainer", {key: trainer.get(key) for key in _DECISIVE})
-    _flatten(found, "model", resolved.get("model"))
+    _flatten(found, "model", {**(resolved.get("model") or {}), **dict.fromkeys(_FOR_SPEED)})
     _flatten(found, "data", {**resolved.get("data", {}), "data_dir": None})
     return {key: value for key, value in found.items() if value is not None}
 
@@ -663,8 +666,9 @@ def read_facts(run: Path) -> dict[str, Any]:
         "precision": recipe.options.get("trainer", {}).get("precision"),
         "cpu_minutes": round(watch["cpu_s"] / 60, 1),
         "wall_minutes": round(watch["wall_s"] / 60, 1),
-        "machine": machine(),
+        "machine": content.get("zoo_machine", machine()),
         "source_commit": content.get("zoo_commit"),
+        **({"versions": content["zoo_versions"]} if "zoo_versions" in content else {}),
         **({"weights": "exponential moving average"} if averaged else {}),
     }
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.configs import to_json
 from zoo.errors import ConfigError, DataError, ZooError
-from zoo.provenance import source_commit
+from zoo.provenance import machine, source_commit, versions
 from zoo.tasks.optimization import OptimizerConfig, build_optimizer
 
 if TYPE_CHECKING:
@@ -315,6 +315,8 @@ class ZooModule(pl.LightningModule):
             name for name, part in self.named_modules() if part is self.published_network
         )
         checkpoint["zoo_commit"] = source_commit()
+        # What is recorded of a training may be recorded elsewhere.
+        checkpoint["zoo_machine"], checkpoint["zoo_versions"] = machine(), versions()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("zoo_seed") is not None:

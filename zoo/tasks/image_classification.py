@@ -263,7 +263,8 @@ class ImageClassifier(ZooModule):
         count = int(self.val_count.compute())  # over all processes
         self.val_count.reset()
         datamodule = getattr(self.trainer, "datamodule", None)
-        whole = self.trainer.limit_val_batches == 1.0 and not self.trainer.sanity_checking
+        limit = self.trainer.limit_val_batches  # 1.0 is all batches, 1 is one
+        whole = isinstance(limit, float) and limit == 1.0 and not self.trainer.sanity_checking
         if whole and isinstance(datamodule, ImageDataModule):
             expected = len(datamodule.validation_labels)
             if count != expected:
