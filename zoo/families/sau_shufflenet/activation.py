@@ -182,6 +182,15 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, and no operation at all where that is `x`.
+
+    The compiler of PyTorch 2.11, for one, loses the gradient in the input of an autograd function
+    within which such an operation returns that very input.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _by_blocks(x: Tensor, alpha: float | Tensor, beta: float | Tensor) -> bool:
     """Whether the parameters are plain numbers at hand; on an accelerator reading them waits."""
     single = all(not isinstance(p, Tensor) or p.ndim == 0 for p in (alpha, beta))
@@ -194,18 +203,18 @@ def _evaluate(
     """Value and, where asked for, slope, both in the dtype of `x`."""
     if _by_blocks(x, alpha, beta):
         return _evaluate_by_blocks(x, float(alpha), float(beta), keep_slope)
-    wide = x.to(_compute_dtype(x))
+    wide = _cast(x, _compute_dtype(x))
     slope, _, bump = _terms(wide, alpha, beta)
-    y = (wide * slope + (1 - alpha) * bump).to(x.dtype)
-    return y, slope.to(x.dtype) if keep_slope else None
+    y = _cast(wide * slope + (1 - alpha) * bump, x.dtype)
+    return y, _cast(slope, x.dtype) if keep_slope else None
 
 
 def _terms(x: Tensor, alpha: float | Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope, 1 - Phi(b x) and phi(b x) / b."""
     if isinstance(alpha, Tensor):
-        alpha = alpha.to(x.dtype)
+        alpha = _cast(alpha, x.dtype)
     if isinstance(beta, Tensor):
-        beta = beta.to(x.dtype)
+        beta = _cast(beta, x.dtype)
     # b x first: its square may overflow to infinity, where the exponential is zero; b^2 x^2 could
     # be infinity times zero.
     z = _SQRT_HALF * beta * x
@@ -239,7 +248,7 @@ def _gradients(
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, alpha and beta where `needed`, by differentiable operations."""
-    wide, grad = x.to(_compute_dtype(x)), grad_y.to(_compute_dtype(x))
+    wide, grad = _cast(x, _compute_dtype(x)), _cast(grad_y, _compute_dtype(x))
     slope, above, bump = _terms(wide, alpha, beta)
     in_x = (grad * slope).to(x.dtype) if needed[0] else None
     in_alpha = in_beta = None
