@@ -23,7 +23,7 @@ from zoo import checkpoints, figures, training
 from zoo.cards import shipped_folder
 from zoo.errors import CheckpointError, ConfigError, DataError, UnknownNameError, ZooError
 from zoo.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
-from zoo.provenance import source_commit
+from zoo.provenance import machine, source_commit, versions
 from zoo.training import DATA_MODULES, find_recipe, fit, read_recipe
 
 NAME = "cached-transformer-lm.tiny-shakespeare"
@@ -334,9 +334,31 @@ def test_what_a_run_knows(done: training.Run) -> None:
     assert facts["precision"] == "32-true"
     assert facts["cpu_minutes"] == pytest.approx(done.cpu_minutes, abs=0.1)
     assert facts["source_commit"] == source_commit()
+    assert (facts["machine"], facts["versions"]) == (machine(), versions())
     metrics = figures.read_metrics(done.folder)
     assert len(metrics["val_loss"]) == 3
     assert metrics["val_loss"][0][1] == pytest.approx(5.5, abs=0.3)  # hardly trained: ln 256
+
+
+def test_the_machine_is_that_of_the_training(
+    done: training.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.provenance.machine", lambda: "another machine")
+    assert training.read_facts(done.folder)["machine"] == machine()
+    # Runs from before it was kept were recorded where they were made.
+    shutil.copytree(done.folder, tmp_path / "old")
+    content = torch.load(tmp_path / "old" / "last.ckpt", weights_only=True)
+    del content["zoo_machine"], content["zoo_versions"]
+    torch.save(content, tmp_path / "old" / "last.ckpt")
+    facts = training.read_facts(tmp_path / "old")
+    assert facts["machine"] == "another machine"
+    assert "versions" not in facts
+
+
+def test_an_accelerator_is_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    assert machine().endswith(" cores, Card 0, Card 1")
 
 
 def test_a_training_checkpoint_opens_without_running_code(done: training.Run) -> None:

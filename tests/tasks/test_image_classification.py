@@ -457,6 +457,10 @@ def test_validation_counts_the_images(
     monkeypatch.setattr(ImageDataModule, "validation_labels", torch.zeros(999))
     with pytest.raises(AssertionError, match="counted 12 images of 999"):
         training.fit(write_recipe(tmp_path), out=tmp_path / "run")
+    # One batch is asked for, which is no more than that.
+    some = ["trainer.limit_val_batches=1", "trainer.max_epochs=1"]
+    done = training.fit(write_recipe(tmp_path), some, out=tmp_path / "some")
+    assert done.checkpoint.is_dir()
 
 
 # --- around it: command, card, controls, figures --------------------------------------------------

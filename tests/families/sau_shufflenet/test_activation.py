@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import mpmath
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from zoo.families.sau_shufflenet import SAU, SAU_PRESETS, sau
 from zoo.families.sau_shufflenet import activation as module
@@ -372,6 +374,36 @@ def test_functional_derivatives_of_torch() -> None:
 
 
 @pytest.mark.slow
+class ReturnsItsInput(TorchFunctionMode):
+    """Counts calls of `to` that return the very tensor they are given."""
+
+    found = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.found += function is Tensor.to and out is args[0]
+        return out
+
+
+@pytest.mark.parametrize("preset", SAU_PRESETS)
+def test_nothing_that_is_compiled_returns_its_input(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of such an operation the compiler of PyTorch 2.11 makes a gradient of zero."""
+    monkeypatch.setattr(module, "_by_blocks", lambda *arguments: False)
+    layer = SAU.preset(preset)
+    parameters = (layer.alpha, layer.beta)
+    x = torch.linspace(-2, 2, 9, requires_grad=True)
+    with ReturnsItsInput() as mode:
+        y = module._evaluate(x, *parameters)[0]
+        trained = (isinstance(p, Tensor) for p in parameters)
+        module._gradients(torch.ones_like(y), x, *parameters, (True, *trained))
+        assert torch.ones(1).to(torch.float32) is not None
+    assert mode.found == 1  # the one above, to show that they are seen
+
+
 @pytest.mark.parametrize("preset", ["2", "published", "2-trained"])
 def test_compiled_equals_eager(preset: str) -> None:
     layer = SAU.preset(preset)

@@ -250,14 +250,16 @@ def _gradients(
     """Gradients of input, alpha and beta where `needed`, by differentiable operations."""
     wide, grad = _cast(x, _compute_dtype(x)), _cast(grad_y, _compute_dtype(x))
     slope, above, bump = _terms(wide, alpha, beta)
-    in_x = (grad * slope).to(x.dtype) if needed[0] else None
+    in_x = _cast(grad * slope, x.dtype) if needed[0] else None
     in_alpha = in_beta = None
     if needed[1]:
         assert isinstance(alpha, Tensor)
-        in_alpha = (grad * (wide * above - bump)).sum_to_size(alpha.shape).to(alpha.dtype)
+        in_alpha = (grad * (wide * above - bump)).sum_to_size(alpha.shape)
+        in_alpha = _cast(in_alpha, alpha.dtype)
     if needed[2]:
         assert isinstance(beta, Tensor)
-        in_beta = (grad * ((alpha - 1) / beta * bump)).sum_to_size(beta.shape).to(beta.dtype)
+        in_beta = (grad * ((alpha - 1) / beta * bump)).sum_to_size(beta.shape)
+        in_beta = _cast(in_beta, beta.dtype)
     return in_x, in_alpha, in_beta
 
 
