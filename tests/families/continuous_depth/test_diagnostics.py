@@ -166,6 +166,86 @@ def test_gradients_through_the_last_steps_grow_to_the_whole() -> None:
     assert list(found.gradient_norms) == pytest.approx(expected, rel=1e-6)
 
 
+class Driven(nn.Module):
+    """dy/dt = p + a y, with a fixed and p to be learned."""
+
+    def __init__(self, a: Any) -> None:
+        super().__init__()
+        self.a = torch.as_tensor(a, dtype=torch.float64)
+        self.p = nn.Parameter(torch.ones_like(self.a))
+
+    def forward(self, t: float, y: Tensor) -> Tensor:
+        return self.p + self.a * y
+
+
+def test_the_direction_of_gradients_through_the_last_steps() -> None:
+    """With dy/dt = p + a y, m Euler steps have the gradient ((1 + h a)^m - 1) / a in p."""
+    steps, a = 8, (6.0, 0.5)
+    flow = ODEBlock(Driven(a), SolverConfig(method="euler", steps=steps))
+    found = diagnose_block(flow, torch.ones(1, 2, dtype=torch.float64), k=1)
+    weights = torch.randn(1, 2, generator=torch.Generator().manual_seed(98))[0].tolist()
+    gradients = [
+        [w * ((1 + value / steps) ** m - 1) / value for w, value in zip(weights, a, strict=True)]
+        for m in (1, 2, 4, 8)
+    ]
+    norms = [math.hypot(*g) for g in gradients]
+    assert list(found.gradient_norms) == pytest.approx(norms, rel=1e-6)
+    cosines = [
+        sum(x * y for x, y in zip(g, gradients[-1], strict=True)) / norm / norms[-1]
+        for g, norm in zip(gradients, norms, strict=True)
+    ]
+    assert list(found.gradient_cosines) == pytest.approx(cosines, rel=1e-6)
+    assert cosines[0] < 0.95
+    text = "the gradient grows faster than the number of steps"
+    for rates, alarm in (((6.0, 6.0), True), ((0.3, 0.2), False)):
+        flow = ODEBlock(Driven(rates), SolverConfig(method="euler", steps=steps))
+        found = diagnose_block(flow, torch.ones(1, 2, dtype=torch.float64), k=1)
+        assert any(text in said for said in found.alarms) is alarm
+
+
+@pytest.mark.parametrize(("value", "alarm"), [(0.5, False), (8.0, True)])
+def test_the_variance_of_gradients_over_depth(value: float, alarm: bool) -> None:
+    """With dy/dt = a y, n Euler steps have the gradient n h (1 + h a)^(n - 1) in a."""
+    steps = 8
+    flow = ODEBlock(Linear([[value]]), SolverConfig(method="euler", steps=steps))
+    found = diagnose_block(flow, torch.ones(1, 1, dtype=torch.float64), k=1)
+    weight = float(torch.randn(1, 1, generator=torch.Generator().manual_seed(97)))
+    generator = torch.Generator().manual_seed(96)
+    noise = [float(torch.randn(1, 1, generator=generator)) for _ in range(16)]
+    for n in range(1, steps + 1):
+        gradients = [
+            weight * n / steps * (1 + value * (1 + 0.01 * e) / steps) ** (n - 1) for e in noise
+        ]
+        expected = float(torch.tensor(gradients, dtype=torch.float64).var())
+        assert found.gradient_variances[n - 1] == pytest.approx(expected, rel=1e-6, abs=1e-30)
+    text = "the variance of the gradient grows exponentially"
+    assert any(text in said for said in found.alarms) is alarm
+
+
+def test_percentiles_are_over_the_samples() -> None:
+    """dy/dt = y^3 stretches each state by another factor."""
+
+    class Cubic(nn.Module):
+        def forward(self, t: float, y: Tensor) -> Tensor:
+            return y**3
+
+    y = torch.linspace(0.1, 0.5, 9, dtype=torch.float64)[:, None]
+    found = diagnose_block(ODEBlock(Cubic(), SolverConfig(method="euler", steps=1)), y, k=1)
+    slopes = 1 + 3 * y[:, 0] ** 2
+    for median, p95, exact in (
+        (found.step_gain[0], found.step_gain_p95[0], slopes),
+        (found.step_radius[0], found.step_radius_p95[0], slopes),
+        (found.stiffness, found.stiffness_p95, slopes - 1),
+        (found.log_norm_integral, found.log_norm_integral_p95, slopes - 1),
+    ):
+        assert median == pytest.approx(float(exact.quantile(0.5)), rel=1e-6)
+        assert p95 == pytest.approx(float(exact.quantile(0.95)), rel=1e-6)
+    missed = (y + y**3 - (y + y**3) ** 3 - y).abs()[:, 0] / y[:, 0]
+    assert found.reconstruction_p95 == pytest.approx(float(missed.quantile(0.95)), rel=1e-6)
+    assert found.inverse_exponent_p95 >= found.inverse_exponent
+    assert found.gradient_norms == found.gradient_cosines == found.gradient_variances == ()
+
+
 def test_an_adaptive_block_is_looked_at_on_a_fixed_grid() -> None:
     flow = ODEBlock(Linear(matrix()), SolverConfig(method="dopri5", tolerance=1e-8))
     with torch.no_grad():

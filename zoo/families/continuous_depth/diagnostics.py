@@ -13,12 +13,14 @@ Shape notation: B samples, d components of a state, k exponents, M rounds of a K
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from zoo.families.continuous_depth.blocks import ODEBlock, TimeVaryingConv2d
 from zoo.families.continuous_depth.image_networks import (
@@ -64,6 +66,12 @@ _STABLE = {1: 2.0, 2: 2.0, 3: 2.51, 4: 2.78}
 """Order -> where the real axis leaves the stability region of our methods."""
 
 _KRYLOV = 16
+
+_DRAWS, _NOISE = 16, 0.01
+"""Draws of moved parameters, and how far they are moved, relative to their size."""
+
+_PLATEAU = 1.25
+"""Growth of the gradient, relative to that of the number of steps, that is too much."""
 
 
 # --- steps and fields ----------------------------------------------------------------------------
@@ -234,8 +242,12 @@ class BlockDiagnosis:
     """How many."""
     step_radius: tuple[float, ...]
     """Spectral radius of the Jacobian of each step, median."""
+    step_radius_p95: tuple[float, ...]
+    """The same, 95th percentile."""
     step_gain: tuple[float, ...]
     """Largest singular value of the Jacobian of each step, median."""
+    step_gain_p95: tuple[float, ...]
+    """The same, 95th percentile."""
     product_gain: tuple[float, ...]
     """Largest singular value of the Jacobian of the first 1, 2, ... steps together, median."""
     product_gain_p95: float
@@ -246,16 +258,30 @@ class BlockDiagnosis:
     """The largest exponent, 95th percentile."""
     inverse_exponent: float
     """Largest exponent of the flow back in time, median: how fast the adjoint amplifies errors."""
+    inverse_exponent_p95: float
+    """The same, 95th percentile."""
     log_norm_integral: float
     """Integral of the logarithmic norm along the path, median; exp of it bounds the local gain."""
+    log_norm_integral_p95: float
+    """The same, 95th percentile."""
     stiffness: float
     """Largest step times spectral radius of the field, median."""
+    stiffness_p95: float
+    """The same, 95th percentile."""
     reconstruction: float
-    """Relative distance from the state at the start to what integrating there and back gives."""
+    """Relative distance from the state at the start to what integrating there and back gives,
+    median."""
+    reconstruction_p95: float
+    """The same, 95th percentile."""
     adjoint_cosine: float
     """Cosine between the adjoint's and the exact gradient of a random functional of the end."""
     gradient_norms: tuple[float, ...]
     """Norm of the parameters' gradient through the last 1, 2, 4, ... steps alone, then all."""
+    gradient_cosines: tuple[float, ...]
+    """Cosine of each of these gradients with the one through all steps."""
+    gradient_variances: tuple[float, ...]
+    """Variance of the parameters' gradient of the state after 1, 2, ... steps, summed over
+    parameters, when these are moved at random by a hundredth of their size."""
     alarms: tuple[str, ...]
     """What to worry about, in a sentence each."""
 
@@ -276,8 +302,8 @@ def diagnose_block(block: ODEBlock, y: Tensor, k: int = 4) -> BlockDiagnosis:
     radius, gain, product, stiffness, log_norms, states = [], [], [], [], [], [y]
     for index, (function, (t, h)) in enumerate(zip(maps, grid, strict=True)):
         here = states[-1]
-        radius.append(_median(spectral_radius(_forward(function, here), here)))
-        gain.append(_median(step_gain(function, here)))
+        radius.append(spectral_radius(_forward(function, here), here))
+        gain.append(step_gain(function, here))
         product.append(step_gain(_chain(maps[: index + 1]), y))
         fast, log_norm = field_extremes(block, t, here)
         stiffness.append(abs(h) * fast)
@@ -290,22 +316,32 @@ def diagnose_block(block: ODEBlock, y: Tensor, k: int = 4) -> BlockDiagnosis:
     inverse = flow_exponents(back, states[-1], 1)[:, 0]
     distance = (_dot(returned - y, returned - y) / _dot(y, y).clamp(min=1e-30)).sqrt()
     duration = abs(end - start)
+    log_norm, stiff = torch.stack(log_norms).sum(0), torch.stack(stiffness).amax(0)
+    norms, cosines = _truncated_gradients(block, states, grid, tableau)
     diagnosis = BlockDiagnosis(
         samples=len(y),
         method=method,
         steps=count,
-        step_radius=tuple(radius),
-        step_gain=tuple(gain),
+        step_radius=tuple(_median(r) for r in radius),
+        step_radius_p95=tuple(_p95(r) for r in radius),
+        step_gain=tuple(_median(g) for g in gain),
+        step_gain_p95=tuple(_p95(g) for g in gain),
         product_gain=tuple(_median(g) for g in product),
         product_gain_p95=_p95(product[-1]),
         exponents=tuple(_median(column) for column in exponents.unbind(1)),
         exponent_p95=_p95(exponents[:, 0]),
         inverse_exponent=_median(inverse),
-        log_norm_integral=_median(torch.stack(log_norms).sum(0)),
-        stiffness=_median(torch.stack(stiffness).amax(0)),
+        inverse_exponent_p95=_p95(inverse),
+        log_norm_integral=_median(log_norm),
+        log_norm_integral_p95=_p95(log_norm),
+        stiffness=_median(stiff),
+        stiffness_p95=_p95(stiff),
         reconstruction=_median(distance),
+        reconstruction_p95=_p95(distance),
         adjoint_cosine=_adjoint_cosine(block, y, method, count),
-        gradient_norms=_gradient_norms(block, states, grid, tableau),
+        gradient_norms=norms,
+        gradient_cosines=cosines,
+        gradient_variances=_gradient_variances(block, y, grid, tableau),
         alarms=(),
     )
     return dataclasses.replace(diagnosis, alarms=_alarms(diagnosis, duration, tableau))
@@ -346,23 +382,66 @@ def _adjoint_cosine(block: ODEBlock, y: Tensor, method: Any, steps: int) -> floa
     return float(torch.nn.functional.cosine_similarity(found[0], found[1], dim=0))
 
 
+def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
 @torch.enable_grad()
-def _gradient_norms(
+def _truncated_gradients(
     block: ODEBlock, states: list[Tensor], grid: list[tuple[float, float]], tableau: Tableau
-) -> tuple[float, ...]:
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Norms of the gradients through the last 1, 2, 4, ... steps; their cosines with the last."""
     parameters = [p for p in block.field.parameters() if p.requires_grad]
     if not parameters:
-        return ()
-    weights, norms = _random(states[0], 98), []
-    for length in sorted({*(2**i for i in range(len(grid).bit_length())), len(grid)}):
+        return (), ()
+    weights, found = _random(states[0], 98), []
+    for length in _lengths(len(grid)):
         y = states[-1 - length]
         for t, h in grid[-length:]:
             y = runge_kutta_step(tableau, block.field, t, h, y)
-        grads = torch.autograd.grad((y * weights).sum() / len(y), parameters, allow_unused=True)
-        norms.append(
-            math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
+        loss = (y * weights).sum() / len(y)
+        found.append(
+            _flat(torch.autograd.grad(loss, parameters, allow_unused=True), parameters).double()
         )
-    return tuple(norms)
+    cosines = torch.nn.functional.cosine_similarity(torch.stack(found), found[-1][None])
+    return tuple(float(g.norm()) for g in found), tuple(cosines.tolist())
+
+
+def _lengths(steps: int) -> list[int]:
+    """1, 2, 4, ... and all."""
+    return sorted({*(2**i for i in range(steps.bit_length())), steps})
+
+
+@torch.enable_grad()
+def _gradient_variances(
+    block: ODEBlock, y: Tensor, grid: list[tuple[float, float]], tableau: Tableau
+) -> tuple[float, ...]:
+    moved = {n: p.detach() for n, p in block.field.named_parameters() if p.requires_grad}
+    if not moved:
+        return ()
+    weights, found = _random(y, 97), []
+    generator = torch.Generator().manual_seed(96)
+    for _ in range(_DRAWS):
+        drawn = {}
+        for name, p in moved.items():
+            size = p.double().square().mean().sqrt()
+            noise = torch.randn(p.shape, generator=generator).to(p)
+            drawn[name] = (p + _NOISE * size * noise).to(p.dtype).requires_grad_()
+
+        def field(t: float, y: Tensor, drawn: dict[str, Tensor] = drawn) -> Tensor:
+            derivative: Tensor = functional_call(block.field, drawn, (t, y))
+            return derivative
+
+        state, values = y, tuple(drawn.values())
+        gradients = []
+        for t, h in grid:
+            state = runge_kutta_step(tableau, field, t, h, state)
+            loss = (state * weights).sum() / len(y)
+            of_step = torch.autograd.grad(loss, values, allow_unused=True, retain_graph=True)
+            gradients.append(_flat(of_step, values).double())
+        found.append(torch.stack(gradients))
+    return tuple(torch.stack(found).var(0).sum(1).tolist())
 
 
 def _alarms(d: BlockDiagnosis, duration: float, tableau: Tableau) -> tuple[str, ...]:
@@ -372,6 +451,14 @@ def _alarms(d: BlockDiagnosis, duration: float, tableau: Tableau) -> tuple[str, 
     logs = [math.log(max(g, 1e-30)) for g in d.product_gain]
     if len(logs) >= 4 and logs[-1] > 1.0 and _is_linear(logs):
         alarms.append("the gain of the product grows exponentially with depth")
+    pairs = list(zip(_lengths(d.steps), d.gradient_norms, strict=False))
+    faster = [b > _PLATEAU * a * n / m > 0 for (m, a), (n, b) in itertools.pairwise(pairs)]
+    if len(faster) >= 2 and all(faster):
+        alarms.append("the gradient grows faster than the number of steps that it goes through")
+    # The gradient is a sum over steps, each of which moves with all steps before it.
+    excess = [math.log(v) - 4 * math.log(n) for n, v in enumerate(d.gradient_variances, 1) if v > 0]
+    if len(excess) >= 4 and excess[-1] - excess[0] > 3.0 and _is_linear(excess):
+        alarms.append("the variance of the gradient grows exponentially with depth")
     if d.exponents[0] * duration > 5.0:
         alarms.append(
             f"largest exponent times duration is {d.exponents[0] * duration:.1f}, above 5"
