@@ -666,7 +666,7 @@ def read_facts(run: Path) -> dict[str, Any]:
         "precision": recipe.options.get("trainer", {}).get("precision"),
         "cpu_minutes": round(watch["cpu_s"] / 60, 1),
         "wall_minutes": round(watch["wall_s"] / 60, 1),
-        "machine": content.get("zoo_machine", machine()),
+        "machine": content.get("zoo_machine") or machine(),
         "source_commit": content.get("zoo_commit"),
         **({"versions": content["zoo_versions"]} if "zoo_versions" in content else {}),
         **({"weights": "exponential moving average"} if averaged else {}),

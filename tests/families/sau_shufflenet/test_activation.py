@@ -373,7 +373,6 @@ def test_functional_derivatives_of_torch() -> None:
     torch.testing.assert_close(slope, torch.tensor(0.15 + 0.85 * 0.579259709439103))
 
 
-@pytest.mark.slow
 class ReturnsItsInput(TorchFunctionMode):
     """Counts calls of `to` that return the very tensor they are given."""
 
@@ -404,6 +403,7 @@ def test_nothing_that_is_compiled_returns_its_input(
     assert mode.found == 1  # the one above, to show that they are seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["2", "published", "2-trained"])
 def test_compiled_equals_eager(preset: str) -> None:
     layer = SAU.preset(preset)

@@ -366,6 +366,11 @@ def _p95(values: Tensor) -> float:
     return float(values.double().quantile(0.95))
 
 
+def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
 @torch.enable_grad()
 def _adjoint_cosine(block: ODEBlock, y: Tensor, method: Any, steps: int) -> float:
     parameters = [p for p in block.field.parameters() if p.requires_grad]
@@ -376,15 +381,8 @@ def _adjoint_cosine(block: ODEBlock, y: Tensor, method: Any, steps: int) -> floa
         config = SolverConfig(method=method, steps=steps, gradient=gradient)
         loss = (solve(block.field, y, block.interval, config).last * weights).sum()
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        pairs = zip(grads, parameters, strict=True)
-        filled = [torch.zeros_like(p) if g is None else g for g, p in pairs]
-        found.append(torch.cat([g.flatten() for g in filled]).double())
+        found.append(_flat(grads, parameters).double())
     return float(torch.nn.functional.cosine_similarity(found[0], found[1], dim=0))
-
-
-def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    pairs = zip(gradients, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
 @torch.enable_grad()
