@@ -195,6 +195,9 @@ def _diagnostics(card: Card, found: Mapping[str, Any]) -> str:
         f"{refinement['tolerance']:g}): {refinement['verdict']}.",
         _block_table(found["blocks"]),
     ]
+    # Results from before this was measured have none, nor have blocks without parameters.
+    if any(block.get("estimator_ratio") is not None for block in found["blocks"]):
+        parts.append(_gradient_table(found["blocks"]))
     if "lipschitz" in found:
         bound = found["lipschitz"]
         upper = bound["log10_upper"]
@@ -252,6 +255,32 @@ def _block_table(blocks: Sequence[Mapping[str, Any]]) -> str:
                 "; ".join(block["alarms"]) or "none",
             ]
             for index, block in enumerate(blocks, 1)
+        ],
+    )
+
+
+def _gradient_table(blocks: Sequence[Mapping[str, Any]]) -> str:
+    def growth(variances: Sequence[float]) -> str:
+        return f"{variances[-1] / variances[0]:.3g}" if variances[0] else "-"
+
+    return table(
+        [
+            "Gradient of block",
+            "Its cosine with that through the last step",
+            "with that through half of the steps or more",
+            "Its variance after all steps over that after one",
+            "Its variance over that of evolution strategies",
+        ],
+        [
+            [
+                str(index),
+                f"{block['gradient_cosines'][0]:.3f}",
+                f"{block['gradient_cosines'][-2]:.3f}" if block["steps"] > 1 else "-",
+                growth(block["gradient_variances"]),
+                f"{block['estimator_ratio']:.3g}",
+            ]
+            for index, block in enumerate(blocks, 1)
+            if block.get("estimator_ratio") is not None
         ],
     )
 

@@ -252,6 +252,15 @@ def test_evaluate_diagnoses_and_records(run: training.Run, monkeypatch: Any) -> 
     assert f"{curve[0]['value']:.5f}" in rows[2][3]
     assert stored["refinement"]["verdict"] in shown
     assert f"{stored['lipschitz']['lower_with_midpoints']:.1f}" in shown
+    at = next(index for index, row in enumerate(rows) if "Gradient of block" in row[0])
+    gradient = rows[at + 2]
+    growth = block["gradient_variances"][-1] / block["gradient_variances"][0]
+    assert [float(cell.strip(" |")) for cell in gradient[1:]] == pytest.approx(
+        [*block["gradient_cosines"][:2], growth, block["estimator_ratio"]], rel=0.01, abs=1e-3
+    )
+    del block["estimator_ratio"]  # as in results of before
+    assert "Gradient of" not in _card_tables.fill_all(card, stored)
+    stored = json.loads((run.checkpoint / "results.json").read_text())["diagnostics"]
     assert "None." in _card_tables.fill_all(card).partition("<!-- zoo:diagnostics -->")[2]
     # A second record without --diagnose keeps what is known.
     assert tiny.run("evaluate", run.checkpoint, "--record").status == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.linalg import expm
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from zoo.families.continuous_depth import ODEBlock, ODEResNet, ODEResNetConfig, SolverConfig
 from zoo.families.continuous_depth.diagnostics import (
+    _estimator_ratio,
     _hessenberg,
     block_steps,
     diagnose_block,
@@ -23,6 +25,7 @@ from zoo.families.continuous_depth.diagnostics import (
     spectral_radius,
     step_gain,
 )
+from zoo.families.continuous_depth.solvers import TABLEAUS, step_grid
 
 
 class Linear(nn.Module):
@@ -222,6 +225,57 @@ def test_the_variance_of_gradients_over_depth(value: float, alarm: bool) -> None
     assert any(text in said for said in found.alarms) is alarm
 
 
+def test_the_variance_of_both_estimators_is_that_of_quadrature() -> None:
+    """With dy/dt = a y, n Euler steps lead to (1 + h a)^n; a is moved by a hundredth of itself."""
+    value, steps = 30.0, 8
+    flow = ODEBlock(Linear([[value]]), SolverConfig(method="euler", steps=steps))
+    y = torch.ones(1, 1, dtype=torch.float64)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    weights = weights / weights.sum()
+    step, scale = 1 / steps, 0.01 * value
+
+    def loss(z: np.ndarray) -> np.ndarray:
+        return (1 + step * (value + scale * z)) ** steps
+
+    def slope(z: np.ndarray) -> np.ndarray:
+        return steps * step * scale * (1 + step * (value + scale * z)) ** (steps - 1)
+
+    by_gradient = (slope(nodes) + slope(-nodes)) / 2
+    by_values = (loss(nodes) - loss(-nodes)) * nodes / 2
+    means = [weights @ found for found in (by_gradient, by_values)]
+    assert means[0] == pytest.approx(means[1], rel=1e-9)  # of the same gradient
+    ours, theirs = (
+        weights @ (found - mean) ** 2
+        for found, mean in zip((by_gradient, by_values), means, strict=True)
+    )
+    tableau, count = TABLEAUS["euler"], steps
+    found = _estimator_ratio(flow, y, list(step_grid(0.0, 1.0, count)), tableau, pairs=4000)
+    assert found == pytest.approx(3 * ours / theirs, rel=0.2)
+    assert diagnose_block(flow, y, k=1).estimator_ratio == pytest.approx(found, rel=1.0)
+
+
+@pytest.mark.parametrize(("rate", "alarm"), [(2.5, False), (3.7, True)])
+def test_gradients_through_chaos_vary_more_than_evolution_strategies(
+    rate: float, alarm: bool
+) -> None:
+    """The logistic map has a stable fixed point at rates below 3, and is chaotic at 3.7."""
+    steps = 40
+
+    class Logistic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor([rate], dtype=torch.float64))
+
+        def forward(self, t: float, y: Tensor) -> Tensor:
+            return steps * (self.rate * y * (1 - y) - y)
+
+    flow = ODEBlock(Logistic(), SolverConfig(method="euler", steps=steps))
+    found = diagnose_block(flow, torch.tensor([[0.3]], dtype=torch.float64), k=1)
+    assert (found.estimator_ratio > 1e6) is alarm
+    text = "times as much as evolution strategies"
+    assert any(text in said for said in found.alarms) is alarm
+
+
 def test_percentiles_are_over_the_samples() -> None:
     """dy/dt = y^3 stretches each state by another factor."""
 
@@ -244,6 +298,7 @@ def test_percentiles_are_over_the_samples() -> None:
     assert found.reconstruction_p95 == pytest.approx(float(missed.quantile(0.95)), rel=1e-6)
     assert found.inverse_exponent_p95 >= found.inverse_exponent
     assert found.gradient_norms == found.gradient_cosines == found.gradient_variances == ()
+    assert found.estimator_ratio is None
 
 
 def test_an_adaptive_block_is_looked_at_on_a_fixed_grid() -> None:

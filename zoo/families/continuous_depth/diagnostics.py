@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,15 @@ _KRYLOV = 16
 
 _DRAWS, _NOISE = 16, 0.01
 """Draws of moved parameters, and how far they are moved, relative to their size."""
+
+_PAIRS, _DIRECTIONS = 64, 8
+"""Pairs of moved parameters plus and minus, and the directions that they are moved in."""
+
+_COST_OF_GRADIENT = 3.0
+"""Of a forward and backward pass, in forward passes."""
+
+_MOST = 1e30
+"""Stands for every ratio above it, and for those that are not finite."""
 
 _PLATEAU = 1.25
 """Growth of the gradient, relative to that of the number of steps, that is too much."""
@@ -282,6 +291,10 @@ class BlockDiagnosis:
     gradient_variances: tuple[float, ...]
     """Variance of the parameters' gradient of the state after 1, 2, ... steps, summed over
     parameters, when these are moved at random by a hundredth of their size."""
+    estimator_ratio: float | None
+    """Variance of the gradient by backpropagation over that of evolution strategies at equal cost,
+    where parameters are moved by a hundredth of their size in a few directions; None without
+    parameters."""
     alarms: tuple[str, ...]
     """What to worry about, in a sentence each."""
 
@@ -342,6 +355,7 @@ def diagnose_block(block: ODEBlock, y: Tensor, k: int = 4) -> BlockDiagnosis:
         gradient_norms=norms,
         gradient_cosines=cosines,
         gradient_variances=_gradient_variances(block, y, grid, tableau),
+        estimator_ratio=_estimator_ratio(block, y, grid, tableau),
         alarms=(),
     )
     return dataclasses.replace(diagnosis, alarms=_alarms(diagnosis, duration, tableau))
@@ -411,35 +425,106 @@ def _lengths(steps: int) -> list[int]:
     return sorted({*(2**i for i in range(steps.bit_length())), steps})
 
 
+def _parameters(block: ODEBlock) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in block.field.named_parameters() if p.requires_grad}
+
+
+def _noise_scale(p: Tensor) -> float:
+    """How far a parameter is moved."""
+    return _NOISE * float(p.double().square().mean().sqrt())
+
+
+def _losses(
+    block: ODEBlock,
+    moved: dict[str, Tensor],
+    y: Tensor,
+    grid: list[tuple[float, float]],
+    tableau: Tableau,
+) -> Iterator[Tensor]:
+    """A random functional of the state after 1, 2, ... steps of the field with moved parameters."""
+    weights = _random(y, 97)
+
+    def field(t: float, y: Tensor) -> Tensor:
+        derivative: Tensor = functional_call(block.field, moved, (t, y))
+        return derivative
+
+    state = y
+    for t, h in grid:
+        state = runge_kutta_step(tableau, field, t, h, state)
+        yield (state * weights).sum() / len(y)
+
+
 @torch.enable_grad()
 def _gradient_variances(
     block: ODEBlock, y: Tensor, grid: list[tuple[float, float]], tableau: Tableau
 ) -> tuple[float, ...]:
-    moved = {n: p.detach() for n, p in block.field.named_parameters() if p.requires_grad}
-    if not moved:
+    parameters = _parameters(block)
+    if not parameters:
         return ()
-    weights, found = _random(y, 97), []
-    generator = torch.Generator().manual_seed(96)
+    found, generator = [], torch.Generator().manual_seed(96)
     for _ in range(_DRAWS):
-        drawn = {}
-        for name, p in moved.items():
-            size = p.double().square().mean().sqrt()
-            noise = torch.randn(p.shape, generator=generator).to(p)
-            drawn[name] = (p + _NOISE * size * noise).to(p.dtype).requires_grad_()
-
-        def field(t: float, y: Tensor, drawn: dict[str, Tensor] = drawn) -> Tensor:
-            derivative: Tensor = functional_call(block.field, drawn, (t, y))
-            return derivative
-
-        state, values = y, tuple(drawn.values())
-        gradients = []
-        for t, h in grid:
-            state = runge_kutta_step(tableau, field, t, h, state)
-            loss = (state * weights).sum() / len(y)
+        drawn = {
+            name: (p + _noise_scale(p) * torch.randn(p.shape, generator=generator).to(p))
+            .to(p.dtype)
+            .requires_grad_()
+            for name, p in parameters.items()
+        }
+        values, gradients = tuple(drawn.values()), []
+        for loss in _losses(block, drawn, y, grid, tableau):
             of_step = torch.autograd.grad(loss, values, allow_unused=True, retain_graph=True)
             gradients.append(_flat(of_step, values).double())
         found.append(torch.stack(gradients))
     return tuple(torch.stack(found).var(0).sum(1).tolist())
+
+
+@torch.enable_grad()
+def _estimator_ratio(
+    block: ODEBlock,
+    y: Tensor,
+    grid: list[tuple[float, float]],
+    tableau: Tableau,
+    pairs: int = _PAIRS,
+) -> float | None:
+    """Variance of the reparameterised gradient over that of antithetic evolution strategies.
+
+    Both estimate the gradient of the expectation of the loss at `parameters + scale U z` in z, with
+    z of a unit normal distribution and U random orthonormal directions (arXiv:2111.05803, section
+    3), from the same pairs z, -z: the mean of both gradients, (l(z) - l(-z)) z / 2. Each variance
+    counts by the forward passes that a pair costs.
+    """
+    parameters = _parameters(block)
+    if not parameters:
+        return None
+    generator = torch.Generator().manual_seed(95)
+    size = sum(p.numel() for p in parameters.values())
+    count = min(_DIRECTIONS, size)
+    drawn = torch.randn(size, count, generator=generator, dtype=torch.float64)
+    directions = torch.linalg.qr(drawn).Q.T.to(y.device)
+    scales = [_noise_scale(p) for p in parameters.values()]
+
+    def loss(z: Tensor) -> Tensor:
+        moves = (z @ directions).split([p.numel() for p in parameters.values()])
+        moved = {
+            name: p + (scale * move).view_as(p).to(p.dtype)
+            for (name, p), scale, move in zip(parameters.items(), scales, moves, strict=True)
+        }
+        *_, last = _losses(block, moved, y, grid, tableau)
+        return last.double()
+
+    by_gradient, by_values = [], []
+    for _ in range(pairs):
+        z = torch.randn(count, generator=generator, dtype=torch.float64).to(y.device)
+        ends = [(sign * z).requires_grad_() for sign in (1.0, -1.0)]
+        values = [loss(end) for end in ends]
+        slopes = [torch.autograd.grad(v, end)[0] for v, end in zip(values, ends, strict=True)]
+        by_gradient.append((slopes[0] + slopes[1]) / 2)
+        by_values.append((values[0] - values[1]).detach() * z / 2)
+    ours, theirs = (float(torch.stack(found).var(0).sum()) for found in (by_gradient, by_values))
+    if ours == 0:
+        return 0.0
+    ratio = _COST_OF_GRADIENT * ours / theirs if theirs else math.inf
+    # JSON has neither NaN, of gradients that overflow, nor infinity.
+    return min(ratio, _MOST) if math.isfinite(ratio) else _MOST
 
 
 def _alarms(d: BlockDiagnosis, duration: float, tableau: Tableau) -> tuple[str, ...]:
@@ -457,6 +542,10 @@ def _alarms(d: BlockDiagnosis, duration: float, tableau: Tableau) -> tuple[str, 
     excess = [math.log(v) - 4 * math.log(n) for n, v in enumerate(d.gradient_variances, 1) if v > 0]
     if len(excess) >= 4 and excess[-1] - excess[0] > 3.0 and _is_linear(excess):
         alarms.append("the variance of the gradient grows exponentially with depth")
+    if d.estimator_ratio is not None and d.estimator_ratio > 1.0:
+        alarms.append(
+            f"backpropagation varies {d.estimator_ratio:.3g} times as much as evolution strategies"
+        )
     if d.exponents[0] * duration > 5.0:
         alarms.append(
             f"largest exponent times duration is {d.exponents[0] * duration:.1f}, above 5"
