@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 import zoo
 from tests import tiny, tiny_images
-from zoo import analog, evaluation, figures, training
+from zoo import _card_tables, analog, cards, evaluation, figures, training
 from zoo.analog import AnalogSettings, parse_settings
 from zoo.data import images
 from zoo.data.images import ImageDataModule
@@ -151,6 +152,45 @@ def test_command(folder: Path) -> None:
     assert len(said.out.splitlines()) == 2
     document = json.loads(tiny.run(*words, "--json").out)
     assert len(document[0]["results"][0]["accuracies"]) == 2
+
+
+def test_record(folder: Path, tmp_path: Path) -> None:
+    """In results and card, under the names of controls, and kept when the weight is measured."""
+    main, twin = tmp_path / "weight", tmp_path / "twin"
+    for copy in (main, twin):
+        shutil.copytree(folder, copy)
+    recipe = twin / "recipe.yaml"
+    named = recipe.read_text().replace("zoo:\n", 'zoo:\n  name: "ReLU, twin"\n', 1)
+    recipe.write_text(named.replace("  weight: sau-shufflenet-v2-x0-5.cifar100\n", ""))
+    words = ["evaluate", main, "--analog", "bits=6,8", "noise=0.2", "repeats=2", "--record"]
+    (main / "results.json").unlink(missing_ok=True)
+    refused = tiny.run(*words)
+    assert (refused.status, refused.out) == (2, "")
+    assert "has no results: zoo evaluate" in refused.err
+    assert tiny.run("evaluate", main, "--record").status == 0
+    said = tiny.run(*words, "--beside", twin, "--json")
+    assert said.status == 0, said.err
+    found = json.loads((main / "results.json").read_text())["analog"]
+    assert found["sweeps"] == said.json
+    assert [one["name"] for one in found["sweeps"]] == [str(main), "ReLU, twin"]
+    assert found["command"].startswith(
+        "zoo evaluate sau-shufflenet-v2-x0-5.cifar100 --analog bits=6,8 noise=0.2 repeats=2"
+    )
+    assert tiny.run("evaluate", main, "--record").status == 0
+    assert json.loads((main / "results.json").read_text())["analog"] == found
+
+    card = cards.find("sau-shufflenet-v2-x0-5.fashion-mnist")
+    body = card.body + "<!-- zoo:analog -->\n<!-- /zoo:analog -->\n"
+    card = dataclasses.replace(card, body=body)
+    assert "<!-- zoo:analog -->\nNone.\n" in _card_tables.fill_all(card)
+    shown = _card_tables.fill_all(card, None, found).partition("<!-- zoo:analog -->")[2]
+    row = next(line for line in shown.splitlines() if line.startswith("| ReLU, twin |"))
+    accuracies = found["sweeps"][1]["results"][0]["accuracies"]
+    spread = abs(accuracies[0] - accuracies[1]) / 2**0.5  # the deviation of two
+    assert row.split(" | ")[2] == f"{sum(accuracies) / 2:.4f} ({spread:.4f})"
+    assert "| Net | Digital | 6 bits, noise 0.2 | 8 bits, noise 0.2 |" in shown
+    for line in (found["command"], "standard deviation over 2 draws"):
+        assert line in shown
 
 
 def test_bad_commands(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +48,18 @@ def fill_file(path: Path, marker: str, content: str) -> None:
     files.write_bytes(path, text.encode())
 
 
-def fill_all(card: Card, diagnostics: Mapping[str, Any] | None = None) -> str:
+def fill_all(
+    card: Card,
+    diagnostics: Mapping[str, Any] | None = None,
+    analog: Mapping[str, Any] | None = None,
+) -> str:
     """The card's body with every table rendered anew.
 
     Args:
         card: The card.
         diagnostics: What `zoo evaluate --diagnose` recorded; a body that has no place for them,
             as one that was written before, stays without.
+        analog: What `zoo evaluate --analog --record` recorded, likewise.
 
     Raises:
         ConfigError: When the body lacks a marker.
@@ -67,6 +73,8 @@ def fill_all(card: Card, diagnostics: Mapping[str, Any] | None = None) -> str:
     ]
     if "<!-- zoo:diagnostics -->" in body:
         tables.append(("diagnostics", _diagnostics(card, diagnostics or {})))
+    if "<!-- zoo:analog -->" in body:
+        tables.append(("analog", _analog(analog or {})))
     for marker, table in tables:
         body = fill(body, marker, table, where=f"card of {card.name}")
     return body
@@ -283,6 +291,36 @@ def _gradient_table(blocks: Sequence[Mapping[str, Any]]) -> str:
             if block.get("estimator_ratio") is not None
         ],
     )
+
+
+def _analog(found: Mapping[str, Any]) -> str:
+    """Accuracies with quantised, noisy activations and weights, a line for each net."""
+    if not found:
+        return "None."
+    sweeps, settings = found["sweeps"], found["settings"]
+    results = table(
+        ["Net", "Digital"]
+        + [f"{one['bits']:g} bits, noise {one['noise']:g}" for one in sweeps[0]["results"]],
+        [
+            [
+                sweep["name"],
+                _number(sweep["digital"]),
+                *(_with_spread(one["accuracies"]) for one in sweep["results"]),
+            ]
+            for sweep in sweeps
+        ],
+    )
+    draws = settings["repeats"]
+    return (
+        f"{results}\n\nAccuracy on {sweeps[0]['results'][0]['n']:,} images: mean"
+        f"{f' and standard deviation over {draws} draws' if draws > 1 else ' of one draw'} of the "
+        f"noise, scale {settings['scale']}. Measured by `{found['command']}` on {found['date']}."
+    )
+
+
+def _with_spread(values: Sequence[float]) -> str:
+    mean = _number(statistics.fmean(values))
+    return f"{mean} ({_number(statistics.stdev(values))})" if len(values) > 1 else mean
 
 
 def _reported(card: Card) -> str:

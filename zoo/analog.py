@@ -7,16 +7,20 @@ several draws, and has a mean and a spread over them.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from zoo import checkpoints, evaluation, hub, training
+from zoo.configs import to_json
 from zoo.errors import ConfigError, ZooError, nearest
 from zoo.families.sau_shufflenet.analog import AnalogConfig, Scale, to_analog
-from zoo.files import RECIPE_FILE
+from zoo.files import RECIPE_FILE, RESULTS_FILE, write_json
 from zoo.progress import track
+from zoo.provenance import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +28,15 @@ if TYPE_CHECKING:
     from zoo.data.images import ImageDataModule
     from zoo.tasks.image_classification import ImageClassifier
 
-__all__ = ["AnalogResult", "AnalogSettings", "AnalogSweep", "parse_settings", "sweep", "sweeps"]
+__all__ = [
+    "AnalogResult",
+    "AnalogSettings",
+    "AnalogSweep",
+    "parse_settings",
+    "record",
+    "sweep",
+    "sweeps",
+]
 
 _CALIBRATION_IMAGES = 500
 
@@ -98,7 +110,7 @@ class AnalogSweep:
     """All settings of one classifier.
 
     Attributes:
-        name: what was measured.
+        name: what was measured: a weight, a control by its own name, or a folder.
         digital: accuracy without any of it.
         results: one for each setting.
     """
@@ -181,7 +193,43 @@ def sweeps(
     except ValueError as error:
         raise ConfigError(f"--analog: {error}") from None
     loaded = [_load(name, settings, data_dir) for name in names]
-    return [_measure(one, configs, settings) for one in loaded]
+    called = [one.name for one in loaded]
+    # Of two runs of one control the folders tell which is which.
+    return [
+        _measure(
+            one._replace(name=str(name)) if called.count(one.name) > 1 else one, configs, settings
+        )
+        for one, name in zip(loaded, names, strict=True)
+    ]
+
+
+def record(
+    sweeps: Sequence[AnalogSweep], settings: AnalogSettings, folder: str | os.PathLike[str]
+) -> None:
+    """Write what was measured into the `results.json` of the first classifier's folder.
+
+    Raises:
+        ZooError: the folder has no results yet; write those first.
+    """
+    before = evaluation.recorded(folder)
+    given = " ".join(
+        [
+            f"bits={_listed(settings.bits)} noise={_listed(settings.noise)}",
+            f"repeats={settings.repeats} seed={settings.seed} scale={settings.scale}",
+        ]
+    )
+    found = {
+        "command": f"zoo evaluate {before.weight} --analog {given}",
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "settings": to_json(settings),
+        "sweeps": [to_json(one) for one in sweeps],
+    }
+    write_json(Path(folder) / RESULTS_FILE, to_json(dataclasses.replace(before, analog=found)))
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
 
 
 class _Loaded(NamedTuple):
@@ -203,9 +251,11 @@ def _load(
     module = checkpoints.load(folder, files=None if card is None else card.files)
     if not isinstance(module, ImageClassifier):
         raise ZooError(f"{name} is no image classifier, which --analog is for.")
-    datamodule = training.data_module(training.read_recipe(folder / RECIPE_FILE), data_dir)
+    recipe = training.read_recipe(folder / RECIPE_FILE)
+    datamodule = training.data_module(recipe, data_dir)
     datamodule.setup("test" if settings.scale == "unit" else None)
-    return _Loaded(str(name) if card is None else card.name, module, datamodule)
+    called = recipe.name or str(name) if card is None else card.name
+    return _Loaded(called, module, datamodule)
 
 
 def _measure(

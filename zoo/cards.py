@@ -179,6 +179,8 @@ class Measurements:
     """What the training was and cost; plain JSON."""
     diagnostics: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Figures on robustness that `zoo evaluate --diagnose` computed; plain JSON."""
+    analog: dict[str, Any] | None = omit_default(None)
+    """What `zoo evaluate --analog ... --record` measured; plain JSON."""
 
     def __post_init__(self) -> None:
         primary = sum(result.primary for result in self.results)
@@ -559,7 +561,7 @@ def computed(card: Card, folder: Path) -> Card:
         controls=measured.controls,
         training=measured.training,
     )
-    body = _card_tables.fill_all(card, measured.diagnostics)
+    body = _card_tables.fill_all(card, measured.diagnostics, measured.analog)
     return dataclasses.replace(card, body=body)
 
 

@@ -643,6 +643,10 @@ def _analog(options: argparse.Namespace) -> int:
 
     settings = analog.parse_settings(options.analog)
     names = [options.name, *(options.beside or [])]
+    if options.record:
+        from zoo import evaluation
+
+        evaluation.recorded(options.name)
     if options.figures:
         from zoo import figures
 
@@ -655,6 +659,8 @@ def _analog(options: argparse.Namespace) -> int:
     else:
         header = ["model", "bits", "noise", "accuracy", "spread", "digital", "images"]
         _table(header, analog.rows(sweeps))
+    if options.record:
+        analog.record(sweeps, settings, options.name)
     if options.figures:
         sys.stdout.flush()  # what was measured is out, whatever becomes of the figures
         for path in figures.draw_analog(sweeps, Path(options.figures)):
@@ -667,8 +673,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     of_a_record = {"--run": options.run_folder, "--commit": options.commit}
     if options.analog:
-        others = {"--record": options.record, "--protocol": options.protocol}
-        _refuse({**others, "--diagnose": options.diagnose, **of_a_record}, "--analog")
+        others = {"--protocol": options.protocol, "--diagnose": options.diagnose}
+        _refuse({**others, **of_a_record}, "--analog")
         return _analog(options)
     if options.beside or options.figures:
         raise ZooError("--beside and --figures go with --analog.")

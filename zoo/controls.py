@@ -237,7 +237,7 @@ def check_recordable(
         ZooError: there are no controls; or `record` would refuse, and says why.
     """
     name = _full_name(name)
-    _results(folder)
+    evaluation.recorded(folder)
     home = _folder(name, out)
     _refuse_missing(
         [
@@ -246,13 +246,6 @@ def check_recordable(
             if only is not None and path.stem not in only and not _outcomes(home / path.stem)
         ]
     )
-
-
-def _results(folder: str | os.PathLike[str]) -> cards.Measurements:
-    results = evaluation.read_results(Path(folder))
-    if results is None:
-        raise ZooError(f"{folder} has no results: zoo evaluate {folder} --record")
-    return results
 
 
 def _refuse_missing(stems: Sequence[str], *, any_control: bool = True) -> None:
@@ -271,7 +264,7 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     Raises:
         ZooError: the folder has no results yet; write those first. Or a control is missing.
     """
-    before = _results(folder)
+    before = evaluation.recorded(folder)
     known = {control.recipe for control in controls}
     homes = {Path(recipe).parent.name for recipe in known} - {""}
     _refuse_missing(

@@ -385,7 +385,8 @@ def record(
 ) -> Evaluation:
     """Evaluate a checkpoint folder and write what came out to its `results.json`.
 
-    Controls, diagnostics and facts on the training that the file already holds are kept.
+    Controls, diagnostics, analog measurements and facts on the training that the file already
+    holds are kept.
 
     Args:
         folder: a checkpoint folder.
@@ -433,6 +434,7 @@ def record(
         controls=() if before is None else before.controls,
         training=facts,
         diagnostics=evaluation.diagnostics or (before.diagnostics if before else {}),
+        analog=None if before is None else before.analog,
     )
     files.write_json(folder / files.RESULTS_FILE, to_json(measurements))
     compared = tuple(_compare(outcome, results) for outcome in evaluation.outcomes)
@@ -454,6 +456,18 @@ def read_results(folder: Path) -> Measurements | None:
     """The `results.json` of a checkpoint folder; None when there is none."""
     path = folder / files.RESULTS_FILE
     return cards.read_measurements(path) if path.is_file() else None
+
+
+def recorded(folder: str | os.PathLike[str]) -> Measurements:
+    """The `results.json` of a checkpoint folder, for what is added to it.
+
+    Raises:
+        ZooError: there is none; says how to make it.
+    """
+    results = read_results(Path(folder))
+    if results is None:
+        raise ZooError(f"{folder} has no results: zoo evaluate {folder} --record")
+    return results
 
 
 def as_result(
