@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.tiny import LESS_DATA, SEGMENT, SHRUNK, write_recipe
-from zoo import cards, checkpoints, cli, controls, evaluation, training
+from zoo import cards, checkpoints, cli, controls, evaluation, provenance, training
 from zoo.cards import Control
 from zoo.errors import ConfigError, UnknownNameError, ZooError
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE
@@ -220,6 +220,26 @@ def test_controls_may_have_unlike_numbers_of_seeds(trained: Trained, tmp_path: P
     arms = controls.run(NAME, seeds=SEEDS[1:], out=out, only=["b-grc"])[:2]
     assert [arm.result.seeds for arm in arms] == [SEEDS, SEEDS[:1]]
     assert not (out / "a-none" / f"seed_{SEEDS[1]}").exists()
+
+
+def test_versions_are_those_of_the_runs(trained: Trained, tmp_path: Path) -> None:
+    """Not those it is collected with; all of them, where runs were made with several."""
+    out = tmp_path / "out"
+    shutil.copytree(trained.out, out)
+    paths = [out / "b-grc" / f"seed_{seed}" / "outcome.json" for seed in SEEDS]
+    for path, version in zip(paths, ("2.10.0", "2.11.0"), strict=True):
+        stored = json.loads(path.read_text())
+        assert stored["versions"] == provenance.versions()
+        path.write_text(
+            json.dumps({**stored, "versions": {**stored["versions"], "torch": version}})
+        )
+    arms = controls.collect(NAME, out=out)
+    (found,) = {arm.result.versions["torch"] for arm in arms if arm.name == "with a cache"}
+    assert found == "2.10.0, 2.11.0"
+    del stored["versions"]  # as in runs of before
+    paths[1].write_text(json.dumps(stored))
+    found = controls.collect(NAME, out=out)[0].result.versions
+    assert found == provenance.versions()
 
 
 def test_one_control_may_be_trained_by_itself(trained: Trained, tmp_path: Path) -> None:

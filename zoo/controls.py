@@ -25,6 +25,7 @@ from zoo.configs import to_json
 from zoo.errors import UnknownNameError, ZooError, nearest
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE, read_json, write_json
 from zoo.progress import track
+from zoo.provenance import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,8 @@ class _Arm:
     measurements: tuple[Measurement, ...]
     cpu_minutes: float
     parameters: int
+    versions: dict[str, str] | None
+    """That the runs were measured with; None where one does not say."""
 
     def mean_sums(self, seeds: Sequence[int]) -> Tensor:
         """Mean over some of the seeds of the sum over each sampling unit."""
@@ -324,7 +327,8 @@ def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence
             "sums": measurement.sums.tolist(),
             "counts": measurement.counts.tolist(),
         }
-    write_json(folder / _OUTCOME, {"cpu_minutes": done.cpu_minutes, "measured": measured})
+    facts = {"cpu_minutes": done.cpu_minutes, "versions": versions()}
+    write_json(folder / _OUTCOME, {**facts, "measured": measured})
     # A trainer and its module hold each other and few objects of many bytes, which the garbage
     # collector would leave until the next runs need the memory.
     del done
@@ -379,7 +383,20 @@ def _arm(
         measurements=tuple(measurements),
         cpu_minutes=minutes,
         parameters=_parameters(folder / f"seed_{max(runs)}" / "checkpoint" / WEIGHTS_FILE),
+        versions=_joined([stored.get("versions") for stored in runs.values()]),
     )
+
+
+def _joined(found: Sequence[dict[str, str] | None]) -> dict[str, str] | None:
+    """Versions of all runs, where each says which: several of one library beside each other."""
+    known = [of_run for of_run in found if of_run is not None]
+    if len(known) < len(found):
+        return None
+    names = dict.fromkeys(name for of_run in known for name in of_run)
+    return {
+        name: ", ".join(dict.fromkeys(of_run[name] for of_run in known if name in of_run))
+        for name in names
+    }
 
 
 def _parameters(weights: Path) -> int:
@@ -428,6 +445,7 @@ def _control(
         seed_spread=statistics.stdev(values) if len(values) > 1 else None,
         command=f"zoo controls {name}",
         cpu_minutes=arm.cpu_minutes,
+        measured_with=arm.versions,
     )
     difference, interval = None, None
     if reference is not None:

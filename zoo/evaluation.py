@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -479,8 +479,12 @@ def as_result(
     seed_spread: float | None = None,
     cpu_minutes: float | None = None,
     primary: bool = False,
+    measured_with: Mapping[str, str] | None = None,
 ) -> Result:
-    """The record of an outcome: with today's date and the versions in use."""
+    """The record of an outcome: with today's date and the versions it was measured with.
+
+    None: measured now, with those in use.
+    """
     dataset = recipe.options.get("data", {})
     return Result(
         metric=outcome.metric,
@@ -497,7 +501,7 @@ def as_result(
         split=outcome.split,
         command=command,
         date=datetime.date.today().isoformat(),
-        versions=versions(),
+        versions=dict(versions() if measured_with is None else measured_with),
         cpu_minutes=cpu_minutes,
         primary=primary,
     )
