@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from tests import tiny
 from tests.tiny import SEGMENT, copy, write_recipe
 from zoo import _card_tables, cards, checkpoints, controls, evaluation, training
 from zoo.cards import Card, Measurements, Result
@@ -29,6 +30,7 @@ from zoo.evaluation import (
     Outcome,
     Summary,
     bootstrap_interval,
+    few_units_interval,
     summarise,
     wilson_interval,
 )
@@ -131,6 +133,52 @@ def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
         covered += low <= 5.0 <= high
     # Four standard errors of a share of 0.9 over 400 trials are 0.06.
     assert 0.84 <= covered / trials <= 0.96
+
+
+@pytest.mark.parametrize("units", [2, 3, 8])
+def test_an_interval_over_few_units_holds_the_truth_as_often_as_it_says(units: int) -> None:
+    """Resampling two units would hold it in half of the trials."""
+    generator, trials, covered = torch.Generator().manual_seed(4), 2000, 0
+    counts = torch.ones(units, dtype=torch.int64)
+    for _ in range(trials):
+        sums = torch.randn(units, generator=generator, dtype=torch.float64) + 5.0
+        low, high = few_units_interval(sums, counts, confidence=0.9)
+        covered += low <= 5.0 <= high
+    # Four standard errors of a share of 0.9 over 2,000 trials are 0.027.
+    assert 0.873 <= covered / trials <= 0.927
+
+
+def test_an_interval_over_few_units_is_students_and_of_a_ratio() -> None:
+    sums = torch.tensor([1.0, 4.0, 2.5, 3.0], dtype=torch.float64)
+    expected = scipy.stats.ttest_1samp(sums.numpy(), 0).confidence_interval(0.95)
+    equal = torch.full((4,), 1)
+    assert few_units_interval(sums, equal) == pytest.approx((expected.low, expected.high))
+    # Blocks of two samples each, with the same values: half of everything.
+    halves = few_units_interval(sums, 2 * equal)
+    assert halves == pytest.approx((expected.low / 2, expected.high / 2))
+    counts = torch.tensor([1, 4, 2, 3])
+    assert few_units_interval(0.5 * counts.double(), counts) == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("units", "method"),
+    [
+        (1, "none: there is one block"),
+        (29, "Student's t over 29 blocks"),
+        (30, "bootstrap over 30 blocks, 10000 resamples"),
+    ],
+)
+def test_the_method_follows_the_number_of_units(units: int, method: str) -> None:
+    measurement = Measurement(
+        metric="x",
+        unit="character",
+        kind="mean",
+        sums=torch.linspace(1, 2, units),
+        counts=torch.full((units,), 2),
+    )
+    (low, high), said = evaluation._interval(measurement)
+    assert said == method
+    assert (low < measurement.value < high) == (units > 1)
 
 
 def test_bootstrap_interval_is_repeatable_and_narrows_with_confidence() -> None:
@@ -246,6 +294,7 @@ def test_an_evaluation_without_record_neither_passes_nor_fails() -> None:
         name="x", outcomes=(evaluation._compare(outcome(), [result()]), outcome(protocol="new"))
     )
     assert (half.passed, half.verdict) == (False, "NOT reproduced")
+    assert not Evaluation(name="x", outcomes=()).passed
 
 
 # --- whole rounds, on a net trained for a second -------------------------------------------------
@@ -295,7 +344,7 @@ def test_record_then_evaluate(run: training.Run, folder: Path) -> None:
         assert o.value == o.recorded.value
         assert o.tolerance == o.recorded.tolerance == pytest.approx(2e-4 * o.value)
         assert o.interval[0] < o.value < o.interval[1]
-        assert o.interval_method.startswith(f"bootstrap over {-(-o.n // SEGMENT)} blocks")
+        assert o.interval_method == f"Student's t over {-(-o.n // SEGMENT)} blocks"
 
 
 def test_what_is_recorded(run: training.Run, folder: Path) -> None:
@@ -357,6 +406,38 @@ def test_what_does_not_come_out_fails(
     evaluated = evaluation.evaluate(copy(folder, tmp_path / "changed", change, name))
     assert [o.verdict for o in evaluated.outcomes] == verdicts
     assert not evaluated.passed
+
+
+def test_what_is_recorded_and_not_measured_fails(folder: Path, tmp_path: Path) -> None:
+    def claim(content: bytes) -> bytes:
+        values = json.loads(content)
+        values["results"].append({**values["results"][1], "protocol": "backwards"})
+        return json.dumps(values).encode()
+
+    claimed = copy(folder, tmp_path / "claimed", claim, RESULTS_FILE)
+    evaluated = evaluation.evaluate(claimed)
+    assert [o.verdict for o in evaluated.outcomes] == ["reproduced", "reproduced"]
+    assert not evaluated.passed
+    assert evaluated.missing == ("backwards (nats_per_character)",)
+    assert "backwards (nats_per_character) is recorded and was not measured" in evaluated.verdict
+    said = tiny.run("evaluate", claimed, "--json")
+    assert (said.status, said.json["passed"]) == (1, False)
+    assert said.json["missing"] == ["backwards (nats_per_character)"]
+    assert evaluation.evaluate(claimed, protocols=["blocks"]).passed  # as was asked for
+
+
+def test_what_is_not_finite_is_no_result(folder: Path, tmp_path: Path) -> None:
+    def destroy(content: bytes) -> bytes:
+        tensors = load(content)
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return save(
+            {name: tensor * math.nan for name, tensor in tensors.items()},
+            metadata["__metadata__"],
+        )
+
+    broken = copy(folder, tmp_path / "broken", destroy, WEIGHTS_FILE)
+    with pytest.raises(ZooError, match=r"stream: nats_per_character is nan\. The training has div"):
+        evaluation.evaluate(broken)
 
 
 def test_one_protocol_alone(folder: Path) -> None:

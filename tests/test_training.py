@@ -570,6 +570,17 @@ def test_resuming_a_finished_run_changes_nothing(done: training.Run, tmp_path: P
     assert again.cpu_minutes > 0.5 * done.cpu_minutes, "what it cost is not forgotten"
 
 
+def test_resuming_with_another_way_to_train_is_refused(done: training.Run, recipe: Path) -> None:
+    """What `check_finished` compares afterwards; a longer training is asked for on purpose."""
+    overrides = [*EPOCHS, f"data.path={done.datamodule.path}"]
+    said = rf"trainer\.gradient_clip_val was .* for the run in {done.folder}, and is 0\.125"
+    with pytest.raises(ConfigError, match=said):
+        fit(recipe, [*overrides, "trainer.gradient_clip_val=0.125"], out=done.folder, resume=True)
+    longer = [*overrides, "trainer.max_epochs=9"]
+    with pytest.raises(ConfigError, match=r"trainer\.max_epochs was . for the run in .* is 9;"):
+        fit(recipe, longer, out=done.folder, resume=True, longer=False)
+
+
 @pytest.mark.parametrize(
     ("override", "section"),
     [

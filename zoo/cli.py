@@ -623,6 +623,8 @@ def _show(evaluation: Evaluation, as_json: bool) -> int:
         )
     if as_json:
         shown = {"name": evaluation.name, "passed": evaluation.passed, "outcomes": document}
+        if evaluation.missing:
+            shown["missing"] = list(evaluation.missing)
         if evaluation.diagnostics is not None:
             shown["diagnostics"] = evaluation.diagnostics
         _print_json(shown)

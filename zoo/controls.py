@@ -315,10 +315,11 @@ def _check_finished(
 def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence[str]) -> None:
     if (folder / _OUTCOME).is_file():
         return
-    done = training.fit(_seeded(recipe, seed, overrides), out=folder, resume=True)
+    done = training.fit(_seeded(recipe, seed, overrides), out=folder, resume=True, longer=False)
     measured = {}
     for protocol in done.module.protocols_on(done.datamodule):
         measurement = done.module.measure(done.datamodule, protocol)
+        evaluation.check_finite(measurement, protocol, f"{folder}: ")
         measured[protocol] = {
             "metric": measurement.metric,
             "unit": measurement.unit,

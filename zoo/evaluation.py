@@ -29,8 +29,10 @@ __all__ = [
     "Outcome",
     "Summary",
     "bootstrap_interval",
+    "check_finite",
     "evaluate",
     "evaluate_module",
+    "few_units_interval",
     "reproduce",
     "summarise",
     "wilson_interval",
@@ -38,6 +40,9 @@ __all__ = [
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+FEW_UNITS = 30
+"""Sampling units below which resampling them promises too much."""
+
 FLOAT_TOLERANCE = 2e-4
 """How far the same weights may be off on another machine, relative to the value."""
 
@@ -91,16 +96,19 @@ class Evaluation:
         name: what was evaluated.
         outcomes: one per protocol.
         diagnostics: figures on robustness, plain JSON; None where they were not asked for.
+        missing: recorded results, as protocol and metric, that were not measured.
     """
 
     name: str
     outcomes: tuple[Outcome, ...]
     diagnostics: dict[str, Any] | None = None
+    missing: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether there are recorded values and all of them came out."""
-        return all(outcome.passed is True for outcome in self.outcomes)
+        came_out = all(outcome.passed is True for outcome in self.outcomes)
+        return came_out and bool(self.outcomes) and not self.missing
 
     @property
     def value(self) -> float:
@@ -122,6 +130,8 @@ class Evaluation:
         """Verdict over all outcomes."""
         if all(outcome.passed is None for outcome in self.outcomes):
             return "not recorded"
+        if self.missing:
+            return f"NOT reproduced: {', '.join(self.missing)} is recorded and was not measured"
         return "reproduced" if self.passed else "NOT reproduced"
 
 
@@ -221,17 +231,63 @@ def summarise(values: Sequence[float], confidence: float = CONFIDENCE) -> Summar
     return Summary(mean=mean, interval=(mean - half, mean + half))
 
 
+def few_units_interval(
+    sums: Tensor, counts: Tensor, *, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Student's interval of `sums.sum() / counts.sum()` over a few sampling units.
+
+    Resampling two units holds the mean every second time. Here the ratio is linearised (Cochran,
+    Sampling Techniques, 3rd ed., section 6.3). A single unit says nothing about others, and has
+    its value for both bounds.
+
+    Args:
+        sums: one value per unit.
+        counts: samples per unit.
+        confidence: coverage.
+    """
+    from scipy.special import stdtrit
+
+    ratio, units = float(sums.sum() / counts.sum()), len(sums)
+    if units == 1:
+        return ratio, ratio
+    residuals = sums - ratio * counts
+    error = math.sqrt(float(residuals.square().sum()) * units / (units - 1))
+    half = float(stdtrit(units - 1, 0.5 + confidence / 2)) * error / float(counts.sum())
+    return ratio - half, ratio + half
+
+
+def check_finite(measurement: Measurement, protocol: str, where: str = "") -> None:
+    """Check that a model did not compute NaN or infinity, which no record can hold.
+
+    Raises:
+        ZooError: it did; begins with `where`.
+    """
+    if not math.isfinite(measurement.value):
+        raise ZooError(
+            f"{where}{protocol}: {measurement.metric} is {measurement.value}. The training has "
+            "diverged, or the weights are damaged."
+        )
+
+
 def _interval(measurement: Measurement) -> tuple[tuple[float, float], str]:
     if measurement.kind == "proportion":
         return wilson_interval(float(measurement.sums.sum()), measurement.n), "Wilson"
-    interval = bootstrap_interval(measurement.sums.double(), measurement.counts)
+    sums, counts = measurement.sums.double(), measurement.counts
+    if len(counts) == 1:
+        return few_units_interval(sums, counts), f"none: there is one {_unit(measurement)}"
+    if len(counts) < FEW_UNITS:
+        return few_units_interval(sums, counts), f"Student's t over {units(measurement)}"
+    interval = bootstrap_interval(sums, counts)
     return interval, f"bootstrap over {units(measurement)}, {RESAMPLES} resamples"
 
 
 def units(measurement: Measurement) -> str:
     """What is resampled, in words: "10000 images", or blocks of several samples."""
-    several = bool((measurement.counts != 1).any())
-    return f"{len(measurement.counts)} {'block' if several else measurement.unit}s"
+    return f"{len(measurement.counts)} {_unit(measurement)}s"
+
+
+def _unit(measurement: Measurement) -> str:
+    return "block" if bool((measurement.counts != 1).any()) else measurement.unit
 
 
 def evaluate_module(
@@ -240,12 +296,13 @@ def evaluate_module(
     """Measure a module on a data module by each of its protocols, or by those named.
 
     Raises:
-        ZooError: the module has no such protocol.
+        ZooError: the module has no such protocol, or what it computes is not finite.
     """
     module.eval()
     outcomes = []
     for protocol in protocols or module.protocols_on(datamodule):
         measurement = module.measure(datamodule, protocol)
+        check_finite(measurement, protocol)
         interval, method = _interval(measurement)
         outcomes.append(
             Outcome(
@@ -293,6 +350,7 @@ def evaluate(
         name=card.name if card else str(name),
         outcomes=compared,
         diagnostics=module.diagnose(datamodule) if diagnose else None,
+        missing=() if protocols else _missing(compared, recorded),
     )
 
 
@@ -337,11 +395,12 @@ def reproduce(
     if data_dir is not None:
         recipe.options.setdefault("data", {})["data_dir"] = os.fspath(data_dir)
     folder = Path("runs") / card.name if out is None else Path(out)
-    run = training.fit(recipe, out=folder, resume=resume)
+    run = training.fit(recipe, out=folder, resume=resume, longer=False)
     module = checkpoints.load(run.checkpoint)  # what was written, not what is in memory
     outcomes = evaluate_module(module, run.datamodule)
     compared = tuple(_compare(o, card.results, tolerances.get(o.protocol)) for o in outcomes)
-    evaluation = Evaluation(name=card.name, outcomes=compared)
+    missing = _missing(compared, card.results)
+    evaluation = Evaluation(name=card.name, outcomes=compared, missing=missing)
     if record is not None:
         _record_reproduction(Path(record), evaluation, folder)
     return evaluation
@@ -512,6 +571,15 @@ def _recorded(folder: Path, card: Card | None) -> tuple[Result, ...]:
         return card.results
     measurements = read_results(folder)
     return () if measurements is None else measurements.results
+
+
+def _missing(outcomes: Sequence[Outcome], recorded: Sequence[Result]) -> tuple[str, ...]:
+    found = {(outcome.protocol, outcome.metric) for outcome in outcomes}
+    return tuple(
+        f"{result.protocol} ({result.metric})"
+        for result in recorded
+        if (result.protocol, result.metric) not in found
+    )
 
 
 def _compare(

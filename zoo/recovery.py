@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo import controls, training
+from zoo import controls, evaluation, training
 from zoo.errors import ConfigError, ZooError
 from zoo.evaluation import Summary, summarise
 from zoo.files import read_json, write_json
@@ -119,11 +119,12 @@ def _job(path: Path, tasks: int, seed: int, overrides: Sequence[str]) -> trainin
 def _train(recipe: training.Recipe, folder: Path) -> dict[str, float]:
     path = folder / _OUTCOME
     if not path.is_file():
-        done = training.fit(recipe, out=folder, resume=True)
-        values = {
-            protocol: done.module.measure(done.datamodule, protocol).value
-            for protocol in done.module.protocols
-        }
+        done = training.fit(recipe, out=folder, resume=True, longer=False)
+        values = {}
+        for protocol in done.module.protocols:
+            measurement = done.module.measure(done.datamodule, protocol)
+            evaluation.check_finite(measurement, protocol, f"{folder}: ")
+            values[protocol] = measurement.value
         write_json(path, {**values, "wall_minutes": done.wall_minutes})
     stored: dict[str, float] = read_json(path)
     return stored

@@ -83,6 +83,9 @@ _DECISIVE = (
 )
 """Options of the trainer that decide what is learned; of the others, the machine and its owner."""
 
+_LENGTH = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
+"""Those of them that a run may be resumed with others of."""
+
 _FOR_SPEED = ("channels_last", "compile")
 """Options of a module that suit a machine, and decide nothing of what is learned."""
 
@@ -519,6 +522,7 @@ def fit(
     resume: bool = False,
     base: Any = None,
     prepared: Callable[[Any, Any], None] | None = None,
+    longer: bool = True,
 ) -> Run:
     """Train from a recipe and write a checkpoint folder.
 
@@ -531,6 +535,7 @@ def fit(
         base: the module that a fine-tuning starts from, where it is at hand; None: what the recipe
             says.
         prepared: is called with the module and the data module before the first step of all.
+        longer: whether a run may be resumed for more epochs, steps or time than it was begun for.
 
     Raises:
         ConfigError: the recipe is not usable, differs from the one that is resumed, or asks for
@@ -569,7 +574,7 @@ def fit(
         )
         resolved = _resolved(cli, recipe)
         if last.exists():
-            _check_same(resolved, folder / "recipe.yaml")
+            _check_same(resolved, folder / "recipe.yaml", longer=longer)
             for what, done, most in (
                 ("epoch", reached.get("epoch", -1) + 1, cli.trainer.max_epochs),
                 ("step", reached.get("global_step", 0), cli.trainer.max_steps),
@@ -630,6 +635,7 @@ def fit(
             checkpoints.convert(last, checkpoint)  # each process has a part of the weights only
         else:
             checkpoints.save(cli.model, checkpoint, recipe=_to_yaml(resolved))
+    cli.trainer.strategy.barrier("checkpoint")  # no process reads it before it is there
     watch = next(c for c in cli.trainer.callbacks if type(c).__name__ == "Stopwatch")
     assert isinstance(cli.trainer, pl.Trainer)
     return Run(
@@ -758,10 +764,18 @@ def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:
     return {"zoo": header, **{key: config[key] for key in _SECTIONS if key in config}}
 
 
-def _check_same(resolved: dict[str, Any], path: Path) -> None:
+def _check_same(resolved: dict[str, Any], path: Path, *, longer: bool) -> None:
     if not path.is_file():
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    trainers = [values.get("trainer") or {} for values in (before, resolved)]
+    for key in _DECISIVE:
+        was, now = (trainer.get(key) for trainer in trainers)
+        if was != now and not (longer and key in _LENGTH):
+            raise ConfigError(
+                f"trainer.{key} was {was!r} for the run in {path.parent}, and is {now!r}; resume "
+                "with the same options, or choose another --out folder."
+            )
     for section in ("zoo", "seed_everything", "model", "data"):
         if not _agree(before.get(section), resolved.get(section)):
             raise ConfigError(
