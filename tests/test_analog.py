@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -172,10 +173,16 @@ def test_record(folder: Path, tmp_path: Path) -> None:
     assert said.status == 0, said.err
     found = json.loads((main / "results.json").read_text())["analog"]
     assert found["sweeps"] == said.json
-    assert [one["name"] for one in found["sweeps"]] == [str(main), "ReLU, twin"]
-    assert found["command"].startswith(
-        "zoo evaluate sau-shufflenet-v2-x0-5.cifar100 --analog bits=6,8 noise=0.2 repeats=2"
-    )
+    weight = "sau-shufflenet-v2-x0-5.cifar100"
+    assert [one["name"] for one in found["sweeps"]] == [weight, "ReLU, twin"]
+    command = shlex.split(found["command"])
+    assert command[:4] == ["zoo", "evaluate", weight, "--analog"]
+    assert command[-2:] == ["--beside", "ReLU, twin"]
+    assert parse_settings(command[4:-2]) == AnalogSettings(bits=(6.0, 8.0), noise=(0.2,), repeats=2)
+    exact = AnalogSettings(noise=(0.1234567,), scale="unit", seed=3)
+    assert parse_settings(analog._words(exact)) == exact
+    two = analog.sweeps([main, main], AnalogSettings(bits=(6.0,), noise=(0.2,), repeats=1))
+    assert [one.name for one in two] == [f"{weight} (1)", f"{weight} (2)"]
     assert tiny.run("evaluate", main, "--record").status == 0
     assert json.loads((main / "results.json").read_text())["analog"] == found
 
@@ -187,8 +194,8 @@ def test_record(folder: Path, tmp_path: Path) -> None:
     row = next(line for line in shown.splitlines() if line.startswith("| ReLU, twin |"))
     accuracies = found["sweeps"][1]["results"][0]["accuracies"]
     spread = abs(accuracies[0] - accuracies[1]) / 2**0.5  # the deviation of two
-    assert row.split(" | ")[2] == f"{sum(accuracies) / 2:.4f} ({spread:.4f})"
-    assert "| Net | Digital | 6 bits, noise 0.2 | 8 bits, noise 0.2 |" in shown
+    assert row.split(" | ")[3] == f"{sum(accuracies) / 2:.4f} ({spread:.4f})"
+    assert "| Net | Images | Digital | 6 bits, noise 0.2 | 8 bits, noise 0.2 |" in shown
     for line in (found["command"], "standard deviation over 2 draws"):
         assert line in shown
 

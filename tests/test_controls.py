@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.tiny import LESS_DATA, SEGMENT, SHRUNK, write_recipe
-from zoo import cards, checkpoints, cli, controls, evaluation, provenance, training
+from zoo import _card_tables, cards, checkpoints, cli, controls, evaluation, provenance, training
 from zoo.cards import Control
 from zoo.errors import ConfigError, UnknownNameError, ZooError
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE
@@ -327,7 +327,8 @@ def test_record(trained: Trained, tmp_path: Path) -> None:
     spreads = {arm.result.protocol: arm.result.seed_spread for arm in models}
     assert list(spreads) == ["stream", "blocks"]
     assert after.training["reproduction_tolerance"] == {
-        protocol: pytest.approx(3 * spread, rel=1e-12)
+        # Student's 97.5 % quantile with one degree of freedom is 12.7062; see scipy.
+        protocol: pytest.approx(scipy.stats.t.ppf(0.975, 1) * 2**0.5 * spread, rel=1e-9)
         for protocol, spread in spreads.items()
         if spread is not None
     }
@@ -336,6 +337,53 @@ def test_record(trained: Trained, tmp_path: Path) -> None:
     controls.record([trained.arms[0], alone, *trained.arms[2:]], folder)
     assert cards.read_measurements(folder / RESULTS_FILE).training == after.training
     assert checkpoints.load(folder).load_report.initialised == ()
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_an_honest_repetition_is_within_the_tolerance_19_times_in_20(
+    trained: Trained, seeds: int
+) -> None:
+    """Three standard deviations, of as few seeds, would turn away one in six."""
+    generator, within, trials = np.random.default_rng(5), 0, 3000
+    model = trained.arms[0]
+    for _ in range(trials):
+        recorded, again, *others = generator.normal(size=seeds + 2)
+        result = dataclasses.replace(
+            model.result, seeds=tuple(range(seeds)), seed_spread=statistics.stdev(others)
+        )
+        (allowed,) = controls.tolerances([dataclasses.replace(model, result=result)]).values()
+        within += abs(recorded - again) <= allowed
+    # Four standard errors of a share of 0.95 over 3,000 trials are 0.016.
+    assert 0.934 <= within / trials <= 0.966
+
+
+def test_the_error_over_seeds_is_students(trained: Trained) -> None:
+    """Paired where the values of seeds are known, else Welch's; nothing with a single seed."""
+    model, other = (
+        dataclasses.replace(
+            arm,
+            values=values,
+            result=dataclasses.replace(
+                arm.result, seeds=(1, 2, 3), seed_spread=statistics.stdev(values)
+            ),
+        )
+        for arm, values in zip(trained.arms[:2], ((0.2, 0.5, 0.3), (0.4, 0.6, 0.7)), strict=True)
+    )
+
+    def half(interval: Any) -> float:
+        return float(interval.high - interval.low) / 2
+
+    paired = scipy.stats.ttest_rel(other.values, model.values).confidence_interval(0.95)
+    assert other.seed_error(model) == pytest.approx(half(paired))
+    welch = scipy.stats.ttest_ind(other.values, model.values, equal_var=False)
+    bare = [dataclasses.replace(arm, values=()) for arm in (other, model)]
+    assert bare[0].seed_error(bare[1]) == pytest.approx(half(welch.confidence_interval(0.95)))
+    one = dataclasses.replace(model.result, seeds=(9,), seed_spread=None)
+    assert other.seed_error(dataclasses.replace(model, result=one, values=(0.4,))) is None
+    shown = _card_tables.difference(other, [model, other])
+    assert shown.endswith(f"; seeds ±{half(paired):.4f})")
+    alone = [dataclasses.replace(model, result=one, values=(0.4,)), other]
+    assert "seeds" not in _card_tables.difference(other, alone)
 
 
 def test_the_models_own_recipe_comes_first(trained: Trained) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from tests import tiny
 from tests.tiny import SEGMENT, copy, write_recipe
 from zoo import _card_tables, cards, checkpoints, controls, evaluation, training
-from zoo.cards import Card, Measurements, Result
+from zoo.cards import Card, Control, Measurements, Result
 from zoo.errors import CheckpointError, ConfigError, ZooError
 from zoo.evaluation import (
     Evaluation,
@@ -499,6 +499,31 @@ def test_reproduce(tiny_card: Card, tmp_path: Path) -> None:
     other = evaluation.reproduce("tiny", out=tmp_path / "other", overrides=["seed_everything=2"])
     assert [o.passed for o in other.outcomes] == [False, True]
     assert (other.passed, other.verdict) == (False, "NOT reproduced")
+
+
+def test_a_tolerance_that_cannot_tell_says_so(
+    tiny_card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second protocol's tolerance is wider than the gap to a control."""
+    arms = tuple(
+        Control(
+            name=f"{name} {result.protocol}",
+            differs="",
+            recipe="",
+            parameters=1,
+            result=result,
+            difference=gap,
+        )
+        for result in tiny_card.results
+        for name, gap in (("near", 9.0), ("far", -11.0), ("itself", None))
+    )
+    card = dataclasses.replace(tiny_card, controls=arms)
+    monkeypatch.setattr(cards, "find", lambda name: card)
+    found = evaluation.reproduce("tiny", out=tmp_path / "run")
+    assert [o.indistinct for o in found.outcomes] == [(), ("near blocks",)]
+    said = tiny.run("reproduce", "tiny", "--out", tmp_path / "run", "--resume")
+    assert said.status == 0, said.err
+    assert "blocks: a tolerance of 10.00000 cannot tell the model from near blocks." in said.out
 
 
 def test_a_reproduction_is_recorded(tiny_card: Card, folder: Path, tmp_path: Path) -> None:

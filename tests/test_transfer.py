@@ -160,7 +160,9 @@ def test_classifiers_on_few_pictures(few: None, name: str, n: int, tmp_path: Pat
     assert one != two, "each seed draws its own"
 
 
-def test_an_ensemble_meets_new_classes(few: None, tmp_path: Path) -> None:
+def test_an_ensemble_meets_new_classes(
+    few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from zoo.families.online_ensemble import OnlineNetworkConfig
     from zoo.families.online_ensemble.encoders import EncoderConfig
     from zoo.tasks.online_learning import OnlineClassifier
@@ -171,9 +173,13 @@ def test_an_ensemble_meets_new_classes(few: None, tmp_path: Path) -> None:
     module.learn(digits.images, digits.labels)  # which look like the clothes to come
     checkpoints.save(module, tmp_path / "base")
     before = checkpoints.load(tmp_path / "base").predict(digits.images[:2])
-    points = transfer.run(
-        "new-classes", base=tmp_path / "base", amounts=[2], seeds=(1, 2), out=tmp_path / "out"
-    )
+    drawn, draw = [], torch.manual_seed
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "manual_seed", lambda seed: (drawn.append(seed), draw(seed))[1])
+        points = transfer.run(
+            "new-classes", base=tmp_path / "base", amounts=[2], seeds=(1, 2), out=tmp_path / "out"
+        )
+    assert drawn == [1, 2], "each seed has an encoder of its own"
     check("new-classes", points, [2], 40)
     _, among_all, among_new = points
     assert max(among_all.values) < 0.9 < min(among_new.values)
@@ -327,6 +333,15 @@ def test_outcomes_are_kept_beside_the_readme_that_shows_them(tmp_path: Path) -> 
         kept = read_json(tmp_path / "model_cards" / "transfer" / f"{name}.json")
         whole = read_json(tmp_path / name / "transfer.json")
         assert kept == {key: value for key, value in whole.items() if key not in left_out}
+
+
+def test_a_readme_keeps_no_outcome_of_another_base(tmp_path: Path) -> None:
+    for option in ("--base", "--data"):
+        words = ("transfer", "new-classes", option, tmp_path, "--readme", tmp_path / "README.md")
+        said = run(*words, "--out", tmp_path / "out")
+        assert said.status == 2
+        assert "leave out --base and --data, or --readme" in said.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_readme_without_markers_keeps_nothing(tmp_path: Path) -> None:

@@ -152,6 +152,16 @@ def _result_table(card: Card) -> str:
 
 
 def _controls(card: Card) -> str:
+    controls = _control_table(card)
+    if "; seeds ±" not in controls:
+        return controls
+    return (
+        f"{controls}\n\nIntervals of differences are for other samples of the test set, with these "
+        "seeds; ± is for other seeds (95 %, Student's)."
+    )
+
+
+def _control_table(card: Card) -> str:
     return table(
         [
             "Net",
@@ -172,7 +182,7 @@ def _controls(card: Card) -> str:
                 control.result.protocol,
                 f"{_number(control.result.value)} {_words(control.result.metric)}",
                 f"{_number(control.result.seed_spread)} over {len(control.result.seeds)}",
-                difference(control),
+                difference(control, card.controls),
                 f"{control.parameters:,}",
                 "-" if control.macs is None else f"{control.macs:,}",
                 control.speed or "-",
@@ -183,13 +193,22 @@ def _controls(card: Card) -> str:
     )
 
 
-def difference(control: Control) -> str:
-    """Of a control to the model, or to what it is compared with, and its interval."""
+def difference(control: Control, controls: Sequence[Control]) -> str:
+    """Of a control to the model, or to what it is compared with, with its intervals.
+
+    Args:
+        control: the control.
+        controls: all controls of the weight, the model first.
+    """
     if control.difference is None or control.difference_interval is None:
         return "-"
     low, high = control.difference_interval
     against = f" against {control.against}" if control.against else ""
-    return f"{control.difference:+.4f} ({low:+.4f} to {high:+.4f}){against}"
+    alike = [c for c in controls if c.result.protocol == control.result.protocol]
+    other = next((c for c in alike if c.name == (control.against or controls[0].name)), None)
+    error = None if other is None else control.seed_error(other)
+    seeds = "" if error is None else f"; seeds ±{error:.4f}"
+    return f"{control.difference:+.4f} ({low:+.4f} to {high:+.4f}{seeds}){against}"
 
 
 def _diagnostics(card: Card, found: Mapping[str, Any]) -> str:
@@ -299,11 +318,12 @@ def _analog(found: Mapping[str, Any]) -> str:
         return "None."
     sweeps, settings = found["sweeps"], found["settings"]
     results = table(
-        ["Net", "Digital"]
+        ["Net", "Images", "Digital"]
         + [f"{one['bits']:g} bits, noise {one['noise']:g}" for one in sweeps[0]["results"]],
         [
             [
                 sweep["name"],
+                f"{sweep['results'][0]['n']:,}",
                 _number(sweep["digital"]),
                 *(_with_spread(one["accuracies"]) for one in sweep["results"]),
             ]
@@ -312,7 +332,7 @@ def _analog(found: Mapping[str, Any]) -> str:
     )
     draws = settings["repeats"]
     return (
-        f"{results}\n\nAccuracy on {sweeps[0]['results'][0]['n']:,} images: mean"
+        f"{results}\n\nAccuracy: mean"
         f"{f' and standard deviation over {draws} draws' if draws > 1 else ' of one draw'} of the "
         f"noise, scale {settings['scale']}. Measured by `{found['command']}` on {found['date']}."
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -110,7 +111,7 @@ class AnalogSweep:
     """All settings of one classifier.
 
     Attributes:
-        name: what was measured: a weight, a control by its own name, or a folder.
+        name: what was measured: a weight or a control by its name, else the name of its folder.
         digital: accuracy without any of it.
         results: one for each setting.
     """
@@ -194,12 +195,16 @@ def sweeps(
         raise ConfigError(f"--analog: {error}") from None
     loaded = [_load(name, settings, data_dir) for name in names]
     called = [one.name for one in loaded]
-    # Of two runs of one control the folders tell which is which.
     return [
+        # Two of one name, as runs of one control, are told apart by their numbers.
         _measure(
-            one._replace(name=str(name)) if called.count(one.name) > 1 else one, configs, settings
+            one._replace(name=f"{one.name} ({called[: index + 1].count(one.name)})")
+            if called.count(one.name) > 1
+            else one,
+            configs,
+            settings,
         )
-        for one, name in zip(loaded, names, strict=True)
+        for index, one in enumerate(loaded)
     ]
 
 
@@ -212,14 +217,11 @@ def record(
         ZooError: the folder has no results yet; write those first.
     """
     before = evaluation.recorded(folder)
-    given = " ".join(
-        [
-            f"bits={_listed(settings.bits)} noise={_listed(settings.noise)}",
-            f"repeats={settings.repeats} seed={settings.seed} scale={settings.scale}",
-        ]
-    )
+    words = ["zoo", "evaluate", before.weight, "--analog", *_words(settings)]
+    for one in sweeps[1:]:
+        words += ["--beside", one.name]
     found = {
-        "command": f"zoo evaluate {before.weight} --analog {given}",
+        "command": shlex.join(words),
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
         "settings": to_json(settings),
@@ -228,8 +230,16 @@ def record(
     write_json(Path(folder) / RESULTS_FILE, to_json(dataclasses.replace(before, analog=found)))
 
 
-def _listed(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values)
+def _words(settings: AnalogSettings) -> list[str]:
+    """What `parse_settings` reads as these settings."""
+
+    def word(value: float) -> str:
+        return repr(int(value) if value == int(value) else value)
+
+    return [
+        f"{key}={','.join(map(word, value)) if isinstance(value, (list, tuple)) else value}"
+        for key, value in to_json(settings).items()
+    ]
 
 
 class _Loaded(NamedTuple):
@@ -254,7 +264,8 @@ def _load(
     recipe = training.read_recipe(folder / RECIPE_FILE)
     datamodule = training.data_module(recipe, data_dir)
     datamodule.setup("test" if settings.scale == "unit" else None)
-    called = recipe.name or str(name) if card is None else card.name
+    # Where a folder lies is nobody's business.
+    called = recipe.name or recipe.weight or Path(name).name if card is None else card.name
     return _Loaded(called, module, datamodule)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
+import statistics
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -141,6 +143,32 @@ class Control:
     """Of the difference, paired over the samples."""
     against: str = omit_default("")
     """Name of the control that the difference is to; "" for the model."""
+    values: tuple[float, ...] = omit_default(())
+    """Of each seed, in the order of `result.seeds`; () where they were not kept."""
+
+    def seed_error(self, other: Control) -> float | None:
+        """Half of Student's 95 % interval of the difference to another control, over seeds.
+
+        `difference_interval` is for other samples of the test set, with these seeds; this is for
+        other seeds. It is paired over the seeds that both have, where their values were kept, and
+        Welch's otherwise (1947, Biometrika 34:28). None where there are too few seeds.
+        """
+        from scipy.special import stdtrit
+
+        seeds = [dict(zip(c.result.seeds, c.values, strict=False)) for c in (self, other)]
+        pairs = [value - seeds[1][seed] for seed, value in seeds[0].items() if seed in seeds[1]]
+        if len(pairs) > 1:
+            degrees: float = len(pairs) - 1
+            variance = statistics.variance(pairs) / len(pairs)
+        else:
+            spreads = [(c.result.seed_spread, len(c.result.seeds)) for c in (self, other)]
+            errors = [(s**2 / n, n - 1) for s, n in spreads if s is not None and n > 1]
+            if len(errors) < 2:
+                return None
+            variance = sum(error for error, _ in errors)
+            weight = sum(error**2 / free for error, free in errors)
+            degrees = variance**2 / weight if weight else 1.0
+        return float(stdtrit(degrees, 0.975)) * math.sqrt(variance)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -619,6 +619,7 @@ def _show(evaluation: Evaluation, as_json: bool) -> int:
                 "recorded": recorded,
                 "tolerance": o.tolerance,
                 "passed": o.passed,
+                **({"indistinct": list(o.indistinct)} if o.indistinct else {}),
             }
         )
     if as_json:
@@ -636,6 +637,12 @@ def _show(evaluation: Evaluation, as_json: bool) -> int:
                 print(f"{key}:")
                 for line in value if isinstance(value, list) else [value]:
                     print(f"  {json.dumps(line)}")
+        for o in evaluation.outcomes:
+            if o.indistinct:
+                print(
+                    f"{o.protocol}: a tolerance of {o.tolerance:.5f} cannot tell the model from "
+                    f"{', '.join(o.indistinct)}."
+                )
         print(f"{evaluation.name}: {evaluation.verdict}")
     return OK if evaluation.passed else FAILED
 
@@ -830,7 +837,7 @@ def _controls(options: argparse.Namespace) -> int:
             arm.result.protocol,
             f"{arm.result.value:.4f}",
             "-" if arm.result.seed_spread is None else f"{arm.result.seed_spread:.4f}",
-            difference(arm),
+            difference(arm, arms),
             *([arm.speed] if options.record else []),
         ]
         for arm in arms
@@ -883,6 +890,11 @@ def _memory(options: argparse.Namespace) -> int:
 def _transfer(options: argparse.Namespace) -> int:
     from zoo import transfer
 
+    if options.readme and (options.base or options.data):
+        raise ZooError(
+            "--readme keeps what came of the package's own weight and data; leave out --base and "
+            "--data, or --readme."
+        )
     out = options.out or Path("runs") / "transfer" / options.name
     with _chatter():
         points = transfer.run(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 import statistics
 import time
@@ -40,11 +41,11 @@ __all__ = [
     "paired_difference",
     "record",
     "run",
+    "tolerances",
 ]
 
 _OUTCOME = "outcome.json"
 _TIMED_STEPS = 5
-_TOLERATED_SPREADS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,7 +263,7 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
     """Write controls into the `results.json` of a checkpoint folder.
 
     The spread over seeds of the model at the controls' budget becomes the tolerance of
-    `zoo reproduce`: three standard deviations, for each protocol its own.
+    `zoo reproduce`, for each protocol its own; see `tolerances`.
 
     Raises:
         ZooError: the folder has no results yet; write those first. Or a control is missing.
@@ -279,17 +280,32 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
         ],
         any_control=bool(known),
     )
-    tolerances = {
-        control.result.protocol: _TOLERATED_SPREADS * control.result.seed_spread
+    facts = dict(before.training)
+    if allowed := tolerances(controls):
+        facts["reproduction_tolerance"] = allowed
+    measurements = dataclasses.replace(before, controls=tuple(controls), training=facts)
+    write_json(Path(folder) / RESULTS_FILE, to_json(measurements))
+
+
+def tolerances(controls: Sequence[Control]) -> dict[str, float]:
+    """Protocol -> how far apart two trainings of the model may come out, 95 times in 100.
+
+    The difference of two trainings has the variance of both, which is known from few seeds: so it
+    is Student's quantile times the root of two times the standard deviation over seeds.
+
+    Args:
+        controls: of a weight, the model first.
+    """
+    from scipy.special import stdtrit
+
+    return {
+        control.result.protocol: float(stdtrit(len(control.result.seeds) - 1, 0.975))
+        * math.sqrt(2)
+        * control.result.seed_spread
         for control in controls
         # Another than the model has no difference where there is nothing to compare it with.
         if control.recipe == controls[0].recipe and control.result.seed_spread is not None
     }
-    facts = dict(before.training)
-    if tolerances:
-        facts["reproduction_tolerance"] = tolerances
-    measurements = dataclasses.replace(before, controls=tuple(controls), training=facts)
-    write_json(Path(folder) / RESULTS_FILE, to_json(measurements))
 
 
 def _folder(name: str, out: str | os.PathLike[str] | None) -> Path:
@@ -466,6 +482,7 @@ def _control(
         difference=difference,
         difference_interval=interval,
         against=reference.recipe.name if reference is not None and arm.recipe.against else "",
+        values=tuple(values),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import cards, checkpoints, files, hub, training
-from zoo.cards import Card, Measurements, Result
+from zoo.cards import Card, Control, Measurements, Result
 from zoo.errors import CheckpointError, ConfigError, ZooError
 from zoo.provenance import versions
 
@@ -61,6 +61,7 @@ class Outcome:
         recorded: the recorded result; None when there is none.
         tolerance: largest difference from the recorded value that passes; None without one.
         split: part of the data set that was measured.
+        indistinct: names of controls that differ from the model by no more than the tolerance.
     """
 
     protocol: str
@@ -73,6 +74,7 @@ class Outcome:
     recorded: Result | None = None
     tolerance: float | None = None
     split: str = "validation"
+    indistinct: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool | None:
@@ -398,7 +400,10 @@ def reproduce(
     run = training.fit(recipe, out=folder, resume=resume, longer=False)
     module = checkpoints.load(run.checkpoint)  # what was written, not what is in memory
     outcomes = evaluate_module(module, run.datamodule)
-    compared = tuple(_compare(o, card.results, tolerances.get(o.protocol)) for o in outcomes)
+    compared = tuple(
+        _among_controls(_compare(o, card.results, tolerances.get(o.protocol)), card.controls)
+        for o in outcomes
+    )
     missing = _missing(compared, card.results)
     evaluation = Evaluation(name=card.name, outcomes=compared, missing=missing)
     if record is not None:
@@ -571,6 +576,21 @@ def _recorded(folder: Path, card: Card | None) -> tuple[Result, ...]:
         return card.results
     measurements = read_results(folder)
     return () if measurements is None else measurements.results
+
+
+def _among_controls(outcome: Outcome, controls: Sequence[Control]) -> Outcome:
+    """The outcome, with the controls that a training within the tolerance could as well be of."""
+    if outcome.tolerance is None:
+        return outcome
+    names = [
+        control.name
+        for control in controls
+        if control.result.protocol == outcome.protocol
+        and not control.against
+        and control.difference is not None
+        and abs(control.difference) <= outcome.tolerance
+    ]
+    return dataclasses.replace(outcome, indistinct=tuple(names))
 
 
 def _missing(outcomes: Sequence[Outcome], recorded: Sequence[Result]) -> tuple[str, ...]:

@@ -13,7 +13,9 @@ import dataclasses
 import hashlib
 import logging
 import os
+import posixpath
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -43,7 +45,7 @@ _OWN_LICENCE = "apache-2.0"
 """Of this project; its text comes with the installation."""
 _OURS = ("figures/", ".eval_results/")
 """Folders in a repository in which what no longer belongs is removed."""
-_IMAGE = re.compile(r"!\[[^\]]*\]\((?!\w+:)([^)\s]+)\)")
+_IMAGE = re.compile(r"!\[[^\]]*\]\((?!\w+:)([^)\s]+)(?:\s+\"[^\"]*\")?\)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TAG = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _REMEDIES = {
@@ -202,21 +204,68 @@ def _prepared(
         if not (folder / name).is_file():
             hint = remedy.format(folder=folder)
             raise CheckpointError(f"{folder} has no {name}, so nothing was sent; {hint}.")
+    is_own = pictures == cards.shipped_folder("model_cards") and wanted == typed.hub.repo_id
+    if is_own and cards.render(cards.computed(typed, folder)) != cards.render(typed):
+        # The commit would be written into a card that tells of other files.
+        raise CheckpointError(
+            f"The card of {typed.name} is not that of its files, so nothing was sent; "
+            f"zoo card {typed.name} --update"
+        )
+    with tempfile.TemporaryDirectory() as place:
+        contents, card = _read(typed, _without_places(folder, Path(place)), wanted)
+    contents[LICENCE_FILE] = _licence(card, folder)
+    if card.datasets:
+        contents[EVAL_RESULTS_FILE] = _eval_results(card)
+    for name in map(posixpath.normpath, _IMAGE.findall(card.body)):
+        contents[name] = _picture(pictures, name)
+    return card, contents, typed.hub if is_own else None
+
+
+def _read(typed: Card, folder: Path, repo_id: str) -> tuple[dict[str, bytes], Card]:
+    """The files of a checkpoint folder, and the card that goes with them."""
     # The card cannot hold the commit that it is part of.
-    card = dataclasses.replace(cards.computed(typed, folder), hub=HubLocation(repo_id=wanted))
+    card = dataclasses.replace(cards.computed(typed, folder), hub=HubLocation(repo_id=repo_id))
     _check_complete(card)
     from zoo import checkpoints  # and with it torch, which what is refused above does without
 
     checkpoints.load(folder, files=card.files)
     contents = {record.name: record.read(folder) for record in card.files}
     contents[files.CARD_FILE] = cards.render(card).encode()
-    contents[LICENCE_FILE] = _licence(card, folder)
-    if card.datasets:
-        contents[EVAL_RESULTS_FILE] = _eval_results(card)
-    for name in _IMAGE.findall(card.body):
-        contents[name] = _picture(pictures, name)
-    is_own = pictures == cards.shipped_folder("model_cards") and wanted == typed.hub.repo_id
-    return card, contents, typed.hub if is_own else None
+    return contents, card
+
+
+def _without_places(folder: Path, place: Path) -> Path:
+    """A checkpoint folder whose recipe and results name no folder of this machine.
+
+    That is the folder itself where they do not, and else a copy of it in `place`.
+    """
+    recipe = yaml.safe_load(files.read_bytes(folder / files.RECIPE_FILE))
+    results = files.read_json(folder / files.RESULTS_FILE)
+    weight = str(results.get("weight"))
+    named = [_shortened(values, weight) for values in (recipe, results)]
+    if named == [recipe, results]:
+        return folder
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in (files.RECIPE_FILE, files.RESULTS_FILE):
+            shutil.copyfile(path, place / path.name)
+    text = yaml.safe_dump(named[0], sort_keys=False)
+    files.write_bytes(place / files.RECIPE_FILE, text.encode())
+    files.write_json(place / files.RESULTS_FILE, named[1])
+    return place
+
+
+def _shortened(values: Any, weight: str) -> Any:
+    """Plain values with the last part of absolute paths, in commands with the weight instead."""
+    if isinstance(values, dict):
+        return {key: _shortened(value, weight) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_shortened(value, weight) for value in values]
+    if not isinstance(values, str):
+        return values
+    if values.startswith("zoo "):
+        words = values.split(" ")
+        return " ".join(weight if Path(word).is_absolute() else word for word in words)
+    return Path(values).name if Path(values).is_absolute() else values
 
 
 def _found(source: str | os.PathLike[str]) -> tuple[Card, Path, Path]:

@@ -395,7 +395,7 @@ def run(
             path, options = _write_data(where, done, example, amount, seed, source)
             digest = _digest(path)
             if name == "new-classes":
-                _learn_classes(where, path, start, digest)
+                _learn_classes(where, path, start, seed, digest)
             else:
                 _train(where, example, start, path, options, seed, steps, digest)
         for arm in arms:
@@ -537,21 +537,25 @@ def _train(
         _keep(where / SCRATCH, measured[0], base, digest)
 
 
-def _learn_classes(where: Path, path: Path, base: str | os.PathLike[str], digest: str) -> None:
+def _learn_classes(
+    where: Path, path: Path, base: str | os.PathLike[str], seed: int, digest: str
+) -> None:
     """New classes go into the stream after those that are known; from scratch, into an empty
-    learner behind the same encoder with random weights."""
+    learner behind the same encoder with random weights. The seed draws these, and the order."""
     folder, card = hub.resolve(base)
     known: Any = checkpoints.load(folder, files=None if card is None else card.files)
     size, channels = known.preprocessing.size, known.preprocessing.channels
     data = ImageDataModule(path=str(path), size=size, channels=channels)
     data.setup()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         empty = dataclasses.replace(known.config, num_classes=0, grows=True)
         fresh = type(known)(network=empty, preprocessing=known.preprocessing).eval()
     for arm, module in ((PRETRAINED, known), (SCRATCH, fresh)):
         first = module.network.learner.num_classes
-        order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(
+            len(data.train_labels), generator=torch.Generator().manual_seed(seed)
+        )
         for rows in torch.split(order, 60):
             module.learn(data.train_images[rows], data.train_labels[rows] + first)
         names = module.preprocessing.classes[first:] if first else module.preprocessing.classes

@@ -116,6 +116,41 @@ def test_the_card_that_arrives_is_complete(sandbox: Sandbox, folder: Path, tmp_p
     ]
 
 
+def test_pictures_are_found_however_the_card_writes_them(sandbox: Sandbox, folder: Path) -> None:
+    other = "figures/cached-transformer-lm.tiny/other.png"
+    (folder / other).write_bytes(b"\x89PNG other")
+    edit(folder / CARD_FILE, f"({FIGURE})", f'(./{FIGURE})\n![o]({other} "with a title")')
+    first = push(folder, REPO)
+    repository = sandbox.repositories[REPO]
+    for name in (FIGURE, other):
+        assert repository.contents()[name] == (folder / name).read_bytes()
+    again = push(folder, REPO)
+    assert (again.commit, again.sent, again.removed) == (first.commit, (), ())
+
+
+def test_no_folder_of_this_machine_is_published(sandbox: Sandbox, folder: Path) -> None:
+    """A recipe knows where its data lie, and results what was measured; both may be private."""
+    private = "/home/alice/letters"
+    recipe = yaml.safe_load((folder / RECIPE_FILE).read_text())
+    recipe["data"] = {"path": f"{private}/to bob.txt", "streams": 2}
+    recipe["zoo"]["finetune"] = {"base_model": f"{private}/base", "freeze": ["embedding"]}
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe))
+    edit(folder / RESULTS_FILE, f"zoo evaluate {NAME}", f"zoo evaluate {private}/run/checkpoint")
+    edit(folder / RESULTS_FILE, '"tiny-shakespeare"', f'"{private}/to bob.txt"')
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    push(folder, REPO)
+    contents = sandbox.repositories[REPO].contents()
+    assert all(b"alice" not in content for content in contents.values())
+    sent = yaml.safe_load(contents[RECIPE_FILE])
+    assert sent["data"] == {"path": "to bob.txt", "streams": 2}
+    assert sent["zoo"]["finetune"] == {"base_model": "base", "freeze": ["embedding"]}
+    results = json.loads(contents[RESULTS_FILE])["results"]
+    assert {r["command"] for r in results} == {f"zoo evaluate {NAME}"}
+    assert {r["dataset"] for r in results} == {"to bob.txt"}
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    assert zoo.load(f"{REPO}@v1").load_report.loaded
+
+
 def test_the_results_arrive_in_the_hubs_second_format(sandbox: Sandbox, folder: Path) -> None:
     eval_results = pytest.importorskip("huggingface_hub._eval_results")
     push(folder, REPO)
@@ -234,6 +269,23 @@ def test_new_weights_are_no_longer_what_was_published(
     push(NAME)
     change_weights(installation / "pretrained" / NAME)
     assert cards.update(NAME).hub.revision is None
+
+
+def test_a_card_of_other_files_is_not_published(
+    sandbox: Sandbox, weight: Path, installation: Path
+) -> None:
+    """The commit would be pinned together with sums of files that are not in it."""
+    path = published.bundle(weight, installation)
+    results = installation / "pretrained" / NAME / RESULTS_FILE
+    edit(results, "2.345678", "2.345679")
+    with pytest.raises(CheckpointError, match=f"is not that of its files.*zoo card {NAME} --upd"):
+        push(NAME)
+    assert REPO not in sandbox.repositories
+    cards.update(NAME)
+    done = push(NAME)
+    sent = sandbox.repositories[REPO].contents()[RESULTS_FILE]
+    assert FileRecord.of(RESULTS_FILE, sent) in cards.parse(path.read_text()).files
+    assert cards.find(NAME).hub.revision == done.commit
 
 
 def test_a_copy_elsewhere_leaves_the_card_alone(
