@@ -241,6 +241,48 @@ def test_the_adjoint_leaves_frozen_and_unused_parameters_without_gradient() -> N
     assert field.unused.grad is None or not field.unused.grad.any()
 
 
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_a_parameter_that_changes_before_the_backward_pass_is_refused(gradient: Any) -> None:
+    field = Field()
+    last = solve(field, initial(), (0.0, 1.0), SolverConfig(steps=4, gradient=gradient)).last
+    with torch.no_grad():
+        field.a.mul_(-4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        last.sum().backward()
+
+
+def test_the_adjoint_takes_parameters_that_are_computed() -> None:
+    """Such have no gradient to keep; it goes on to what they are computed of."""
+    found = []
+    for gradient in ("discrete", "adjoint"):
+        field, scale = Field(), torch.tensor(0.5).double().requires_grad_()
+        a = scale * field.a
+        config = SolverConfig(method="rk4", steps=64, gradient=gradient)  # type: ignore[arg-type]
+        last = solve(
+            lambda t, y, a=a, b=field.b: torch.tanh(y @ a) @ b,  # type: ignore[misc]
+            initial(),
+            (0.0, 1.0),
+            config,
+            [a, field.b],
+        ).last
+        found.append(torch.autograd.grad(last.square().sum(), [scale, field.a, field.b]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "checkpoint", "adjoint"])
+@pytest.mark.parametrize("with_parameter", [False, True])
+def test_a_slope_of_the_time_alone_passes_the_gradient(gradient: Any, with_parameter: bool) -> None:
+    y0, unused = initial().requires_grad_(), torch.ones(2, requires_grad=True)
+    config = SolverConfig(method="rk4", steps=2, gradient=gradient)
+    parameters = [unused] if with_parameter else []
+    solution = solve(lambda t, y: torch.full_like(y, t), y0, (0.0, 1.0), config, parameters)
+    torch.testing.assert_close(solution.last, y0 + 0.5)
+    solution.last.sum().backward()
+    torch.testing.assert_close(y0.grad, torch.ones_like(y0))
+    assert unused.grad is None or not unused.grad.any()
+
+
 # ----------------------------------------------------------------------- memory and counts
 
 

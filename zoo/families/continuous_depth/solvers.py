@@ -466,23 +466,26 @@ class _Adjoint(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.field, ctx.times, ctx.steps, ctx.tableau = field, times, steps, tableau
-        ctx.statistics, ctx.parameters = statistics, parameters
+        ctx.statistics = statistics
         ctx.autocast = _autocast_state(initial.device.type)
         states, y = [], initial
         for start, end in itertools.pairwise(times):
             for t, h in step_grid(start, end, steps):
                 y = runge_kutta_step(tableau, field, t, h, y)
             states.append(y)
-        ctx.save_for_backward(*states)
+        # The parameters too, since the backward pass evaluates the field again: what has changed in
+        # place by then is refused, as everywhere.
+        ctx.save_for_backward(*states, *parameters)
         return tuple(states)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tableau: Tableau = ctx.tableau
-        states = ctx.saved_tensors
+        count = len(ctx.times) - 1
+        states, parameters = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         adjoint = torch.zeros_like(states[0])
-        totals = [torch.zeros_like(p) for p in ctx.parameters]
+        totals = [torch.zeros_like(p) for p in parameters]
 
         def backwards(t: float, pair: Tensor) -> Tensor:
             """d/dt of (y, a); the parameters' part is added with the weight of the stage."""
@@ -493,9 +496,11 @@ class _Adjoint(torch.autograd.Function):
                 # The field of the forward pass: there it may have run in lower precision.
                 with torch.autocast(**ctx.autocast) if ctx.autocast else contextlib.nullcontext():
                     slope = ctx.field(t, y)
-                products = torch.autograd.grad(
-                    slope, (y, *ctx.parameters), -pair[1].to(slope.dtype), allow_unused=True
-                )
+                products: Sequence[Tensor | None] = [None] * (1 + len(parameters))
+                if slope.requires_grad:  # else it depends on the time alone
+                    products = torch.autograd.grad(
+                        slope, (y, *parameters), -pair[1].to(slope.dtype), allow_unused=True
+                    )
             for total, product in zip(totals, products[1:], strict=True):
                 if product is not None and weight:
                     total.add_(product, alpha=weight)
