@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from zoo.data import densities
 from zoo.data.densities import DENSITIES, DensityDataModule, draw, true_entropy
 from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule, make_spirals
 from zoo.errors import UnknownNameError
@@ -129,6 +132,32 @@ def test_training_points_are_fresh_in_every_step_and_epoch() -> None:
     assert torch.equal(
         data.test_set("moons"), DensityDataModule(test_points=10, seed=5).test_set("moons")
     )
+
+
+def test_training_and_test_points_of_densities_never_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No generator starts in the state of another: numpy fills seeds up with zeros."""
+    seen: list[Any] = []
+
+    def record(name: str, n: int, seed: Any) -> torch.Tensor:
+        seen.append(seed)
+        return draw(name, n, seed)
+
+    monkeypatch.setattr(densities, "draw", record)
+    data = DensityDataModule(test_points=10)
+    for name in DENSITIES:
+        data.test_set(name)
+    tested, seen = seen, []
+    for seed, epoch in itertools.product(range(4), range(3)):
+        loader = DensityDataModule(batch_size=6, steps=3, seed=seed).train_dataloader()
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        list(loader)
+    states = [
+        {str(np.random.default_rng(seed).bit_generator.state) for seed in seeds}
+        for seeds in (tested, seen)
+    ]
+    assert [len(s) for s in states] == [6, 4 * 3 * 3 * 6]
+    assert states[0].isdisjoint(states[1])
+    assert torch.equal(data.test_set("circles"), draw("circles", 10, (1, 1))), "as published"
 
 
 def test_wrong_options_of_densities_are_refused() -> None:

@@ -23,6 +23,7 @@ __all__ = ["DENSITIES", "DensityBatch", "DensityDataModule", "draw", "true_entro
 
 _Array = NDArray[np.float64]
 _TEST_SEED = 1
+_TRAINING = 1
 _VALIDATED = 1_000
 
 
@@ -142,7 +143,9 @@ class _Drawn(Dataset[DensityBatch]):
         self.share = -(-size // len(DENSITIES))
 
     def __getitem__(self, seed: tuple[int, ...]) -> DensityBatch:
-        points = [draw(name, self.share, (*seed, k)) for k, name in enumerate(DENSITIES)]
+        # numpy fills seeds up with zeros to four numbers, so that of four some would be those of
+        # `test_set`; of five, whose last is not zero, none is.
+        points = [draw(name, self.share, (*seed, k, _TRAINING)) for k, name in enumerate(DENSITIES)]
         which = torch.arange(len(DENSITIES)).repeat_interleave(self.share)
         return DensityBatch(torch.cat(points), which)
 
@@ -190,7 +193,6 @@ class DensityDataModule(pl.LightningDataModule):
 
     def test_set(self, name: str) -> Tensor:
         """Points of a density to measure on, `test_points` x 2."""
-        # Four numbers seed a training batch and two this, so that they never meet.
         return draw(name, self.test_points, (_TEST_SEED, list(DENSITIES).index(name)))
 
     def val_dataloader(self) -> DataLoader[DensityBatch]:
