@@ -124,7 +124,7 @@ class DensityModel(TaskSolverKnob, ZooModule):
 
     @torch.no_grad()
     def measure(self, datamodule: DensityDataModule, protocol: str) -> Measurement:  # type: ignore[override]
-        """Mean negative log-likelihood in nats; sampling units are points.
+        """Mean negative log-likelihood in nats, as `predict` tells it; sampling units are points.
 
         Raises:
             ZooError: there is no such protocol.
@@ -175,6 +175,9 @@ class DensityModel(TaskSolverKnob, ZooModule):
     @torch.no_grad()
     def predict(self, points: Sequence[Sequence[float]] | Tensor, density: str = "moons") -> Tensor:
         """Natural logarithm of a density at points, N float64.
+
+        The same for the same points each time: the trace is exact, also in a flow that is trained
+        with an estimate of it.
 
         Args:
             points: N x 2.

@@ -106,6 +106,31 @@ def test_hutchinsons_estimate_is_exact_in_the_mean_over_all_signs() -> None:
     assert not torch.allclose(found[0], found[1])
 
 
+def test_in_eval_mode_a_flow_with_hutchinsons_estimator_has_the_exact_trace() -> None:
+    exact, estimated = flow().eval(), flow(trace="hutchinson")
+    estimated.load_state_dict(exact.state_dict())
+    x, c = torch.randn(6, 2, dtype=torch.float64), one_hot(0, 6)
+    assert not torch.equal(estimated.log_prob(x, c), estimated.log_prob(x, c)), "training draws"
+    estimated.eval()
+    before = torch.get_rng_state()
+    torch.testing.assert_close(estimated.log_prob(x, c), exact.log_prob(x, c))
+    torch.testing.assert_close(
+        estimated.transform(x, c), exact.transform(x, c), rtol=1e-12, atol=1e-12
+    )
+    assert torch.equal(estimated.train().transform(x, c), estimated.eval().transform(x, c))
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn"
+
+
+def test_of_many_dimensions_eval_mode_takes_the_same_signs_for_all_points() -> None:
+    model = flow(dim=17, trace="hutchinson").eval()
+    x, c = torch.randn(6, 17, dtype=torch.float64), one_hot(0, 6)
+    before = torch.get_rng_state()
+    together = model.log_prob(x, c)
+    alone = torch.cat([model.log_prob(x[i : i + 1], c[:1]) for i in reversed(range(6))]).flip(0)
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn"
+
+
 @pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
 def test_the_likelihoods_gradient_does_not_depend_on_the_mode(gradient: Any) -> None:
     model, x, c = flow(), torch.randn(6, 2, dtype=torch.float64), one_hot(0, 6)

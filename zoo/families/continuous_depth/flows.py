@@ -26,6 +26,8 @@ __all__ = ["ContinuousFlow", "CouplingFlow", "FlowConfig", "FlowField", "build_f
 
 
 _SOLVER = SolverConfig(method="rk4", steps=16)
+_EXACT_UP_TO = 16
+"""Dimensions up to which eval mode computes the trace exactly, whatever it is trained with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ class FlowConfig:
     hidden_layers: int = 3
     """Hidden layers of the field; a coupling has two."""
     trace: Literal["exact", "hutchinson"] = "exact"
-    """Trace of the Jacobian: D products, or an unbiased estimate from one."""
+    """Trace of the Jacobian in training: D products, or an unbiased estimate from one. In eval mode
+    nothing is drawn; see `ContinuousFlow.log_prob`."""
     couplings: int = 8
     """Couplings of the control."""
     solver: SolverConfig = _SOLVER
@@ -67,7 +70,8 @@ class FlowField(nn.Module):
     """dz/dt of points, and minus the trace of its Jacobian for their log-density.
 
     The state holds all that a point needs, so that every solver and gradient mode applies: z (D),
-    the change of log-density (1), the condition (K), and with Hutchinson's estimator the probe (D).
+    the change of log-density (1), the condition (K), and for Hutchinson's estimator the probe (D);
+    without a probe the trace is exact.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -102,7 +106,7 @@ class FlowField(nn.Module):
         """Derivative of the state, B x (D + 1 + K [+ D])."""
         dim, known = self.config.dim, self.config.dim + 1 + self.config.conditions
         z, condition, probe = state[:, :dim], state[:, dim + 1 : known], state[:, known:]
-        if self.config.trace == "exact":
+        if not probe.shape[1]:
             tangents = torch.eye(dim, dtype=z.dtype, device=z.device)[:, None].expand(
                 -1, z.shape[0], -1
             )
@@ -129,18 +133,31 @@ class ContinuousFlow(SolverKnob, nn.Module):
     def _state(self, z: Tensor, condition: Tensor, probe: Tensor | None) -> Tensor:
         parts = [z, torch.zeros_like(z[:, :1]), condition]
         if self.config.trace == "hutchinson":
-            if probe is None:
-                probe = torch.randint_like(z, 2) * 2 - 1
+            probe = self._probe(z) if probe is None else probe
             parts.append(probe)
         return torch.cat(parts, -1)
+
+    def _probe(self, z: Tensor) -> Tensor:
+        """Signs for Hutchinson's estimator, B x D, or B x 0 where the trace is to be exact."""
+        if self.training:
+            return torch.randint_like(z, 2) * 2 - 1
+        dim = self.config.dim
+        if dim <= _EXACT_UP_TO:
+            return z[:, :0]
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (dim,), generator=generator, device="cpu") * 2 - 1
+        return signs.to(z).expand_as(z)
 
     def log_prob(self, x: Tensor, condition: Tensor, probe: Tensor | None = None) -> Tensor:
         """Natural logarithm of the density, B.
 
+        In eval mode it is a function of the point, also with Hutchinson's estimator: up to 16
+        dimensions the trace is exact, and above the signs are the same for all points and calls.
+
         Args:
             x: points, B x D.
             condition: which density, B x K, ones and zeros.
-            probe: signs for Hutchinson's estimator, B x D; None draws them.
+            probe: signs for Hutchinson's estimator, B x D; None draws them in training.
         """
         return self.forward_head(self.forward_features(x, condition, probe))
 
@@ -158,7 +175,8 @@ class ContinuousFlow(SolverKnob, nn.Module):
 
     def transform(self, z: Tensor, condition: Tensor) -> Tensor:
         """Points of the data, B x D, from points of the base density."""
-        state = self._state(z, condition, None)
+        # Of their log-density nothing is asked: without signs nothing is drawn for it.
+        state = self._state(z, condition, torch.zeros_like(z))
         return self.flow.trajectory(state, (0.0, 1.0)).last[:, : self.config.dim]
 
     def points_alone(self, x: Tensor, condition: Tensor) -> tuple[ODEBlock, Tensor]:
