@@ -41,6 +41,24 @@ def test_precision_is_the_nearest_level(x: float, levels: int) -> None:
     assert abs(found) <= abs(x) + 0.5 / levels
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    [(torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 24), (torch.float64, 24)],
+)
+def test_levels_stay_where_they_are(dtype: torch.dtype, most: int) -> None:
+    """In every dtype whose digits are enough to tell them apart."""
+    for levels in (*(2**bits for bits in range(most + 1)), 3 * 2 ** (most - 3)):
+        step = max(1, levels // 10_007)
+        last = levels - torch.arange(min(levels, 9))
+        which = torch.cat((torch.arange(0, levels + 1, step), last))
+        x = (torch.cat((which, -which)).double() / levels).to(dtype).requires_grad_()
+        found = reduce_precision(x, levels)
+        assert found.dtype == dtype
+        assert torch.equal(found, x), levels
+        (slope,) = torch.autograd.grad(found.sum(), x)
+        assert torch.equal(slope, torch.ones_like(x))
+
+
 # Error probability -> noise in steps.
 STEPS = {0.01: 0.1941, 0.05: 0.2551, 0.1: 0.3040, 0.2: 0.3902, 0.3: 0.4824, 0.5: 0.7413}
 STEPS[0.8] = 1.9736

@@ -43,6 +43,9 @@ __all__ = [
 
 Scale = Literal["calibrated", "unit"]
 
+_FLOAT32_LEVELS = 2**22
+"""Levels per unit up to which float32 has digits for half a level."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnalogConfig:
@@ -91,12 +94,17 @@ def _check_levels(levels: int) -> None:
 def reduce_precision(x: Tensor, levels: int) -> Tensor:
     """The nearest of `levels` values per unit, ties towards zero; the gradient passes unchanged.
 
+    What is on a level stays there in every dtype that can tell the levels apart: the rounding is in
+    float32, and in float64 where that has too few digits.
+
     Raises:
         ValueError: there is less than one level.
     """
     _check_levels(levels)
-    rounded = torch.sign(x) * torch.ceil(x.abs() * levels - 0.5) / levels
-    return x + (rounded - x).detach()
+    least = torch.float64 if levels > _FLOAT32_LEVELS else torch.float32
+    wide = x.detach().to(torch.promote_types(x.dtype, least))
+    rounded = torch.sign(wide) * torch.ceil(wide.abs() * levels - 0.5) / levels
+    return x + (rounded.to(x.dtype) - x).detach()
 
 
 def _clamp(x: Tensor) -> Tensor:
