@@ -245,6 +245,46 @@ def test_no_weight_at_all_has_the_same_type_in_both_ways(rows: int) -> None:
         assert not sparse.any()
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("dispatch", ["dense", "sparse", "auto"])
+def test_without_examples_or_weight_gradients_are_zeros_and_not_missing(
+    dispatch: Any, rows: int
+) -> None:
+    bank = mlp(4)
+    x = torch.randn(rows, WIDTH, dtype=torch.float64, requires_grad=True)
+    weights = torch.zeros(rows, 2, 4, dtype=torch.float64, requires_grad=True)
+    y = mix(bank, x, weights, dispatch)
+    assert y.shape == (rows, 2, 5)
+    for gradient in torch.autograd.grad(y.sum(), [x, *bank.parameters()]):
+        assert not gradient.any()
+    if not rows:
+        assert y.sum().item() == 0
+        (of_weights,) = torch.autograd.grad(mix(bank, x, weights, dispatch).sum(), weights)
+        assert of_weights.shape == (0, 2, 4)
+
+
+def test_dense_dispatch_has_derivatives_of_second_order() -> None:
+    bank = MLPExperts(4, 3, (2,)).double()
+    weights = random_weights(5, 2, 4, 2).requires_grad_()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, w: mix(bank, x, w, "dense"), (x, weights))
+
+
+def test_pruning_leaves_frozen_experts_frozen() -> None:
+    gate = DSelectK(8, 1)
+    with torch.no_grad():
+        gate.codes.bias.copy_(torch.tensor([1.0, -1, 1]))
+    layer = MixtureOfExperts(mlp(8, 5, 4).float(), gate)
+    layer.experts.layers[0].weight.requires_grad_(False)  # type: ignore[index, union-attr, operator]
+    pruned = layer.pruned().experts
+    assert {name: p.requires_grad for name, p in pruned.named_parameters()} == {
+        "layers.0.weight": False,
+        "layers.0.bias": True,
+        "layers.1.weight": True,
+        "layers.1.bias": True,
+    }
+
+
 def test_a_gate_without_weight_on_experts_cannot_be_pruned() -> None:
     gate = DSelectK(5, 1, missing_codes="penalty")
     with torch.no_grad():

@@ -307,6 +307,18 @@ def test_the_entropy_of_every_task_has_a_gradient_and_none_at_the_symmetric_poin
     assert gate.codes.bias.grad.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [
+        DSelectK(5, 2, in_features=WIDTH, entropy=0.1, missing_codes="penalty"),
+        TopKGate(5, 2, in_features=WIDTH, balance=0.1),
+    ],
+)
+def test_of_an_empty_batch_a_gate_asks_nothing(gate: Gate) -> None:
+    assert float(gate.regulariser(gate(torch.randn(4, WIDTH)))) > 0
+    assert float(gate.regulariser(gate(torch.randn(0, WIDTH)))) == 0
+
+
 def test_the_weight_of_the_entropy_may_grow_over_the_training() -> None:
     gate = DSelectK(8, 2, entropy=0.5, entropy_schedule="linear")
     routing = gate()

@@ -74,8 +74,10 @@ class BatchedLinear(nn.Module):
     def keep(self, kept: Sequence[int]) -> None:
         """Drop all maps but these, in place."""
         self.num = len(kept)
-        self.weight = nn.Parameter(self.weight.detach()[list(kept)])
-        self.bias = nn.Parameter(self.bias.detach()[list(kept)])
+        for name in ("weight", "bias"):
+            old = self.get_parameter(name)
+            new = nn.Parameter(old.detach()[list(kept)], requires_grad=old.requires_grad)
+            self.register_parameter(name, new)
 
 
 class ExpertBank(nn.Module):
@@ -238,7 +240,9 @@ def mix(experts: ExpertBank, x: Tensor, weights: Tensor, dispatch: Dispatch = "a
 
     "sparse" computes an expert on the examples that give it weight, and on no others: the output,
     and the gradients of weights that come from a gate with `exact_zeros`, are those of "dense".
-    "auto" takes the one that is faster. Dropout draws other masks either way.
+    "auto" takes the one that is faster, which depends on the weights. Dropout draws other masks
+    either way. Derivatives of second order need "dense": with weights from each example "sparse"
+    has those of first order alone.
 
     Args:
         experts: the bank.
@@ -264,7 +268,7 @@ def mix(experts: ExpertBank, x: Tensor, weights: Tensor, dispatch: Dispatch = "a
 def _mix_static(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor) -> Tensor:
     used = in_use.nonzero().flatten()
     if not len(used):
-        return _zeros(experts, x, len(weights))
+        return _zeros(experts, x, weights[None])
     outputs = experts.grouped([x if use else None for use in in_use.tolist()])
     return torch.einsum("tn,bnh->bth", weights[:, used], torch.stack(outputs, 1))
 
@@ -272,7 +276,7 @@ def _mix_static(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor)
 def _mix_sorted(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor) -> Tensor:
     expert, row = in_use.T.nonzero(as_tuple=True)  # sorted by expert
     if not len(row):
-        return _zeros(experts, x, weights.shape[1])
+        return _zeros(experts, x, weights)
     groups = torch.split(x.index_select(0, row), in_use.sum(0).tolist())
     outputs = torch.cat(experts.grouped([group if len(group) else None for group in groups]))
     # Every (example, task) is a bag of the outputs that it weighs.
@@ -291,10 +295,12 @@ def _mix_sorted(experts: ExpertBank, x: Tensor, weights: Tensor, in_use: Tensor)
     return mixed.view(x.shape[0], weights.shape[1], -1).to(outputs.dtype)
 
 
-def _zeros(experts: ExpertBank, x: Tensor, tasks: int) -> Tensor:
-    """B x T x H, of the type that computed experts have."""
+def _zeros(experts: ExpertBank, x: Tensor, weights: Tensor) -> Tensor:
+    """B x T x H, of the type that computed experts have; gradients are zeros too, and not missing,
+    as where a process has no examples in a batch."""
     none: Tensor = experts(x[:0])
-    return none.new_zeros(len(x), tasks, experts.out_features)
+    zeros = none.new_zeros(len(x), weights.shape[1], experts.out_features)
+    return zeros + none.sum() + weights[:0].sum()
 
 
 class Mixture(NamedTuple):

@@ -155,6 +155,8 @@ class Gate(nn.Module):
     def regulariser(self, routing: Routing, progress: float = 1.0) -> Tensor:
         """What the gate adds to the loss: a mean over the batch, a sum over tasks, with weights.
 
+        It is 0 for an empty batch.
+
         Args:
             routing: what `forward` returned.
             progress: share of the training that is done, for scheduled terms.
@@ -330,11 +332,12 @@ class DSelectK(Gate):
         r = routing.selectors
         assert r is not None
         total = super().regulariser(routing)
+        rows = max(len(r), 1)
         if self.entropy:
             weight = self.entropy * (progress if self.entropy_schedule == "linear" else 1.0)
-            total = total - weight * (r * (r + _EPSILON).log()).sum() / len(r)
+            total = total - weight * (r * (r + _EPSILON).log()).sum() / rows
         if self.missing_codes == "penalty" and self.num_experts < 2**self.num_bits:
-            total = total + self.penalty * (1 / (r.sum(-1) + _EPSILON)).sum() / len(r)
+            total = total + self.penalty * (1 / (r.sum(-1) + _EPSILON)).sum() / rows
         return total
 
     @torch.no_grad()
@@ -415,7 +418,7 @@ class TopKGate(Gate):
     def regulariser(self, routing: Routing, progress: float = 1.0) -> Tensor:
         """Imbalance over the batch, where it has a weight."""
         total = super().regulariser(routing)
-        if self.balance:
+        if self.balance and len(routing.weights):
             importance = routing.weights.mean(0)
             variation = importance.var(-1, correction=0) / importance.mean(-1).square()
             total = total + self.balance * variation.sum()
