@@ -251,7 +251,7 @@ def test_merging_is_exact_and_can_be_undone(network: nn.Module) -> None:
     merge_lora(network)
     merge_lora(network)
     for name, weight in weights.items():
-        assert torch.equal(network.state_dict()[f"{name}.weight"], weight)
+        assert torch.equal(network.get_parameter(f"{name}.weight"), weight)
     torch.testing.assert_close(outputs(), adapted, rtol=2e-4, atol=2e-5)
     unmerge_lora(network)
     assert torch.equal(outputs(), adapted)
@@ -264,6 +264,44 @@ def test_merging_is_exact_and_can_be_undone(network: nn.Module) -> None:
     assert network.state_dict().keys() == plain.keys()
     assert not lora_layers(network)
     assert {type(m) for m in network.modules()} >= {nn.Linear}
+
+
+def test_what_is_stored_of_a_merged_network_can_be_loaded_merged_or_not(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(6, 5), nn.Unflatten(1, (5, 1, 1)), nn.Conv2d(5, 4, 1))
+    fresh = copy.deepcopy(network)
+    add_lora(network, rank=2, alpha=3.0)
+    keys = list(network.state_dict())
+    move(network)
+    x = torch.randn(3, 6)
+    unmerged = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    adapted = network(x)
+    merge_lora(network)
+    merged = network(x)
+    torch.testing.assert_close(merged, adapted)
+    assert list(network.state_dict()) == keys
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, unmerged[name])
+    torch.save(network.state_dict(), tmp_path / "state.pt")
+
+    for assign in (False, True):
+        state = torch.load(tmp_path / "state.pt")
+        other = copy.deepcopy(fresh)
+        add_lora(other, rank=2, alpha=3.0, seed=7)
+        other.load_state_dict(state, assign=assign)
+        assert torch.equal(other(x), adapted), "not merged"
+        other = copy.deepcopy(fresh)
+        add_lora(other, rank=2, alpha=3.0, seed=8)
+        move(other)
+        merge_lora(other)
+        other.load_state_dict(state, assign=assign)
+        assert torch.equal(other(x), merged), "merged"
+        unmerge_lora(other)
+        assert torch.equal(other(x), adapted)
+        for name, tensor in state.items():
+            assert torch.equal(tensor, unmerged[name]), "what was given stays as it was"
+    network.load_state_dict(network.state_dict())
+    assert torch.equal(network(x), merged)
+    assert network.half().state_dict()["0.weight"].dtype == torch.float16
 
 
 def test_removing_what_is_not_merged_gives_the_network_back() -> None:

@@ -64,6 +64,42 @@ class _Adapted:
         delta = self.lora_b.flatten(1) @ self.lora_a.flatten(1)
         return base + self.lora_scale * delta.view_as(base)
 
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter to the weight."""
+        merged, base = self.weight, self._parameters["weight"]
+        self.unmerged = base.detach().clone()
+        base.copy_(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take it back."""
+        self._parameters["weight"].copy_(self.unmerged)
+        self.unmerged = None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """A merged layer is stored as one that is not, since it has its adapter beside it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if self.unmerged is not None:
+            destination[f"{prefix}weight"] = self.unmerged.to(self._parameters["weight"])
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """A merged layer stays one, of the weight and the adapter that it was given."""
+        merged = self.unmerged is not None
+        if merged:
+            self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[misc]
+        if merged:
+            if local_metadata.get("assign_to_params_buffers", False):
+                # The weight is the given tensor itself, which is not to change.
+                base = self._parameters["weight"]
+                self._parameters["weight"] = nn.Parameter(base.detach().clone(), base.requires_grad)
+            self.merge()
+
 
 class _LoRALinear(_Adapted, nn.Linear):  # type: ignore[override]
     """A linear layer with an adapter."""
@@ -225,26 +261,23 @@ def _adapt(
 # --- merged and removed --------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def merge_lora(network: nn.Module) -> None:
     """Add each adapter to the weight of its layer, in place; `unmerge_lora` takes it back.
 
-    The merged weight is, bit for bit, what the `weight` of the adapted layer was.
+    The merged weight is, bit for bit, what the `weight` of the adapted layer was. `state_dict` has
+    the weight without the adapter all the while, beside the adapter, and can be loaded by networks
+    that are merged and by those that are not; after `remove_lora` it has the merged one.
     """
     for layer in lora_layers(network).values():
         if layer.unmerged is None:
-            merged, base = layer.weight, layer._parameters["weight"]
-            layer.unmerged = base.detach().clone()
-            base.copy_(merged)
+            layer.merge()
 
 
-@torch.no_grad()
 def unmerge_lora(network: nn.Module) -> None:
     """Undo `merge_lora`: weights are what they were, bit for bit."""
     for layer in lora_layers(network).values():
         if layer.unmerged is not None:
-            layer._parameters["weight"].copy_(layer.unmerged)
-            layer.unmerged = None
+            layer.unmerge()
 
 
 def remove_lora(network: nn.Module) -> None:
