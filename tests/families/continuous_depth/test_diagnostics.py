@@ -375,6 +375,54 @@ def test_a_convolutions_bound_is_the_norm_of_its_matrix(stride: int, padding: in
     assert exact <= bound <= 1.011 * exact
 
 
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_a_convolution_that_pads_with_its_image_has_no_bound(mode: Any) -> None:
+    conv = nn.Conv2d(1, 1, 3, padding=1, padding_mode=mode)
+    with pytest.raises(NotImplementedError, match=f"Conv2d with padding_mode='{mode}'"):
+        log_lipschitz_bound(conv, (1, 4, 4))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
+def test_the_bound_of_an_elu_is_its_steepest_slope(alpha: float) -> None:
+    x = torch.linspace(-3, 3, 60_001, dtype=torch.float64)
+    slopes = nn.ELU(alpha)(x).diff() / x.diff()
+    bound = math.exp(log_lipschitz_bound(nn.ELU(alpha), (2,)))
+    assert bound == pytest.approx(float(slopes.max()), rel=1e-3)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", ["group", "layer", "batch"])
+def test_the_bound_of_a_normalisation_holds_for_its_jacobian(kind: str, affine: bool) -> None:
+    shape = (4, 3, 2)
+    norm: nn.Module
+    if kind == "group":
+        norm = nn.GroupNorm(2, 4, eps=0.1, affine=affine)
+    elif kind == "layer":
+        norm = nn.LayerNorm(shape, eps=0.1, elementwise_affine=affine)
+    else:
+        norm = nn.BatchNorm2d(4, eps=0.1, affine=affine)
+        norm.running_var.copy_(torch.tensor([0.5, 1.0, 2.0, 0.7]))  # type: ignore[operator, union-attr]
+    norm = norm.double().eval()
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.linspace(-2, 1, parameter.numel()).view_as(parameter))
+    bound = math.exp(log_lipschitz_bound(norm, shape))
+    images = torch.randn(8, *shape, dtype=torch.float64) * 0.01
+    gains = []
+    for image in images:
+        jacobian = torch.autograd.functional.jacobian(lambda x: norm(x[None]).flatten(), image)
+        gains.append(float(torch.linalg.matrix_norm(jacobian.flatten(1), 2)))
+    assert 0.5 * bound < max(gains) <= bound * (1 + 1e-9)
+    if kind == "batch":
+        assert max(gains) == pytest.approx(bound)
+
+
+def test_without_statistics_a_batch_normalisation_has_no_bound() -> None:
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    with pytest.raises(NotImplementedError, match="BatchNorm2d"):
+        log_lipschitz_bound(norm, (4, 3, 2))
+
+
 def test_a_tiny_networks_bound_is_above_what_is_seen_below() -> None:
     config = ODEResNetConfig(widths=(2, 4), nodes=2, solver=SolverConfig(method="rk4", steps=2))
     network = ODEResNet(config).double().eval()
