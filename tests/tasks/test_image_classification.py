@@ -35,6 +35,7 @@ from zoo import cards, checkpoints, controls, evaluation, figures, hub, training
 from zoo.data.images import ImageBatch, ImageDataModule, ImagePreprocessing
 from zoo.errors import CheckpointError, ConfigError, DataError, ZooError
 from zoo.evaluation import wilson_interval
+from zoo.tasks.base import count_macs
 from zoo.tasks.image_classification import ImagePrediction
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -323,6 +324,16 @@ def test_an_empty_batch_has_no_images(model: Any) -> None:
             model.predict(given)
     with pytest.raises(ConfigError, match=r"top_k must be a whole number, got 2\.5"):
         model.predict(GOOD, top_k=2.5)
+
+
+def test_counting_leaves_every_module_in_its_mode() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5))
+    network[1].eval()
+    assert count_macs(network, torch.randn(1, 3)) == 6
+    assert [part.training for part in network.modules()] == [True, True, False]
+    with pytest.raises(RuntimeError):
+        count_macs(network, torch.randn(1, 4))
+    assert [part.training for part in network.modules()] == [True, True, False]
 
 
 def test_it_is_measured_in_the_middle_of_a_training(run: training.Run, model: Any) -> None:

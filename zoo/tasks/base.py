@@ -400,19 +400,22 @@ def count_macs(network: nn.Module, *inputs: Any) -> int:
 
     Products of matrices and convolutions are counted; causal attention is counted in full.
     """
-    was_training = network.training
+    trained = [module for module in network.modules() if module.training]
     network.eval()
     # The counter follows what requires a gradient, and fails where a module returns a view of a
     # parameter without one being recorded.
     detached = {name: tensor.detach() for name, tensor in network.named_parameters()}
     # Fused attention on the CPU is not counted at all; its plain form is.
-    with (
-        torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
-        functional_call(network, detached, inputs)
-    network.train(was_training)
+    try:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            functional_call(network, detached, inputs)
+    finally:
+        for module in trained:
+            module.training = True
     total: int = counter.get_total_flops()
     return total // 2
 
