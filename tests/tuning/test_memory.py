@@ -288,6 +288,35 @@ def test_copies_and_pickles_save_memory_on_their_own() -> None:
         assert type(network[0]) is SavingConv2d
 
 
+def test_a_copy_of_one_activation_takes_no_other_layers_along() -> None:
+    network = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 500, 3), nn.ReLU(), nn.Conv2d(500, 3, 3))
+    network.requires_grad_(False).eval()
+    save_memory(network)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    assert len(pickle.dumps(network[0])) < 10_000
+    for other in (copy.deepcopy(network[0]), pickle.loads(pickle.dumps(network[0]))):
+        assert other._readers is None
+        assert torch.equal(other(x), network[0](x))
+        # Who reads it is not known: it keeps its output, as the plain one does.
+        assert graph_bytes(other, x) == graph_bytes(nn.ReLU(), x)
+    assert network[0]._readers == (network[1],)
+
+
+def test_a_copy_of_a_part_knows_what_is_in_it() -> None:
+    first = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 3), nn.ReLU())
+    network = nn.Sequential(first, nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()))
+    save_memory(network)
+    part = copy.deepcopy(network[0])
+    assert part[0]._readers == (part[1],)
+    assert part[2]._readers is None
+    whole = copy.deepcopy(network)
+    assert whole[0][2]._readers == (whole[1][0],)
+    names = {name for module in nn.Sequential(nn.ReLU()).modules() for name in vars(module)}
+    for other in (part, whole, network):
+        restore_memory(other)
+        assert all(set(vars(module)) <= names | set(vars(nn.Conv2d(1, 1, 1))) for module in other)
+
+
 # --- training ------------------------------------------------------------------------------------
 
 

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
@@ -557,6 +558,11 @@ class _SavingActivation(nn.Module):
     _readers: tuple[nn.Module, ...] | None
     """Modules that may read the output; None: others than modules may keep it."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the layer takes no other layers along; `_Links` of what holds all of them gives
+        it those of the copy."""
+        return {**vars(self), "_readers": None}
+
     def _masked(self, x: Tensor, inplace: bool) -> Tensor:
         raise NotImplementedError
 
@@ -577,6 +583,23 @@ class _SavingActivation(nn.Module):
     def _shares_its_output(self) -> bool:
         """Whether somebody keeps the output anyway, so that a mask would come on top of it."""
         return self._readers is None or any(map(_reads_its_input, self._readers))
+
+
+class _Links:
+    """What activations know of their readers, where a module that holds both keeps it: a copy of
+    that module has links within itself."""
+
+    def __init__(self) -> None:
+        self.readers: list[tuple[_SavingActivation, tuple[nn.Module, ...]]] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for activation, readers in self.readers:
+            activation._readers = readers
+
+
+_LINKS = "_saving_links"
+"""Attribute of a module that has `_Links`."""
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -969,21 +992,35 @@ def save_memory(model: nn.Module) -> Report:
     converted: dict[str, str] = {}
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        vars(module).pop(_LINKS, None)
         module.__class__ = _SAVING.get(type(module), type(module))
         if type(module) in _PLAIN:
             converted[path] = _PLAIN[type(module)].__name__
             paths.setdefault(module, []).append(path)
+    first = {module: path for path, module in model.named_modules()}
     for module, places in paths.items():
         if isinstance(module, _SavingActivation):
             found = [_readers(model, place) if place else None for place in places]
             known = [readers for readers in found if readers is not None]
             module._readers = sum(known, ()) if len(known) == len(found) else None
+            if module._readers is not None:
+                holder = _common([first[module], *(first[reader] for reader in module._readers)])
+                links = vars(model.get_submodule(holder)).setdefault(_LINKS, _Links())
+                links.readers.append((module, module._readers))
     return Report(model, converted)
+
+
+def _common(paths: Sequence[str]) -> str:
+    """Path of the innermost module that holds all of these, and is none of them."""
+    parents = [path.split(".")[:-1] for path in paths]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def restore_memory(model: nn.Module) -> None:
     """Undo `save_memory`, in place; also where a copy or a part of the network is given."""
     for module in model.modules():
+        vars(module).pop(_LINKS, None)
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
             vars(module).pop("_readers", None)
