@@ -120,6 +120,16 @@ def test_rows_are_drawn_each_from_its_own_logits(data: st.DataObject, batch: int
         assert drawn.tolist() == winners
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_of_tokens_that_are_as_likely_no_more_than_k_are_kept(top_k: int) -> None:
+    logits = torch.zeros(400, 6)
+    logits[:, 4] = 1.0
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample_token(logits, temperature=1.0, top_k=top_k, top_p=None, generator=generator)
+    assert 4 in drawn
+    assert len(set(drawn.tolist())) == top_k
+
+
 def test_temperature_zero_is_the_likeliest_token() -> None:
     logits = torch.randn(50, 9)
     drawn = sample_token(logits, temperature=0, top_k=None, top_p=None, generator=None)

@@ -93,8 +93,8 @@ def sample_token(
         scaled = (logits.float() - logits.float().amax(-1, keepdim=True)) / temperature
     logits = scaled
     if top_k is not None and top_k < logits.shape[-1]:
-        smallest_kept = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+        kept = logits.topk(top_k)  # k of them, also where more are as likely as the last
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
     if top_p is not None and top_p < 1.0:
         ordered, index = logits.sort(-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
