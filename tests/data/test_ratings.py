@@ -256,6 +256,20 @@ def test_negatives_are_new_in_each_epoch_and_never_trained_positives(tmp_path: P
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 31, 32, 47, 100])
+def test_training_batches_are_full_and_alike(n: int) -> None:
+    from zoo.data.ratings import _EpochBatches
+
+    number, one = torch.arange(n), torch.ones(n)
+    pairs = RatingBatch(number, torch.zeros_like(number), one, one)
+    batches = list(_EpochBatches(pairs, 5, 0, 16, 0, 0, 1))
+    sizes = [len(batch.users) for batch in batches]
+    assert sum(sizes) == n
+    assert max(sizes) - min(sizes) <= 1
+    assert min(16, n) <= min(sizes)
+    assert max(sizes) < 32
+
+
 def test_processes_share_a_batch(tmp_path: Path) -> None:
     from zoo.data.ratings import _EpochBatches
 

@@ -505,8 +505,10 @@ def _joined(parts: Sequence[RatingBatch]) -> RatingBatch:
 class _EpochBatches(Sampler[RatingBatch]):
     """Training batches of an epoch: positives, and negatives that are drawn anew each time.
 
-    All is a function of (seed, epoch) alone, so that a run resumed at an epoch boundary goes on as
-    if it had not stopped. Processes take every `world_size`-th pair of a batch.
+    All of an epoch have the same size, to within one pair: at least `batch_size` and less than
+    twice as many, or all pairs where they are fewer. All is a function of (seed, epoch) alone, so
+    that a run resumed at an epoch boundary goes on as if it had not stopped. Processes take every
+    `world_size`-th pair of a batch.
     """
 
     def __init__(
@@ -569,7 +571,9 @@ class RatingsDataModule(pl.LightningDataModule):
         scale: lowest and highest rating of that file.
         split: how to split, see above.
         negatives: drawn in each epoch per rating, with the temporal split.
-        batch_size: pairs of a training batch, over all processes.
+        batch_size: pairs of a training batch, over all processes, at least: what is left over after
+            so many in each is shared evenly by the batches, so that one may have nearly twice as
+            many where there is one alone.
         split_seed: of the negatives and the split of "pairs".
         data_dir: folder to look for `dataset` in first.
         seed: of order and negatives in training.

@@ -66,11 +66,11 @@ def sau(x: Tensor, alpha: float | Tensor = 0.15, beta: float | Tensor = 2.0) -> 
     """The smooth activation unit, elementwise.
 
     Any finite `x` and any `beta` up to 1e5 give finite values and gradients in float64, float32,
-    bfloat16 and float16. The absolute error is a few units in the last place of the larger of 1
-    and `x`. For backward one tensor of the size of `x` is kept: the slope where only `x` needs a
-    gradient, and `x` itself otherwise. Second derivatives come from the slope alone, so that in
-    half precision they have no more digits than it. Of `torch.func`, `grad` and `vjp` work, while
-    `vmap` and forward mode (`jvp`, `hessian`) do not: there is `torch.autograd.functional`.
+    bfloat16 and float16. The absolute error is a few units in the last place of the largest of 1,
+    |x| and 1 / beta. For backward one tensor of the size of `x` is kept: the slope where only `x`
+    needs a gradient, and `x` itself otherwise. Second derivatives come from the slope alone, so
+    that in half precision they have no more digits than it. Of `torch.func`, `grad` and `vjp` work,
+    while `vmap` and forward mode (`jvp`, `hessian`) do not: there is `torch.autograd.functional`.
 
     Args:
         x: any shape and floating dtype; strides are kept.
