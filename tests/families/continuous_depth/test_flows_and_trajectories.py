@@ -280,6 +280,26 @@ def test_the_encoder_reads_from_the_last_observation_to_the_first() -> None:
     torch.testing.assert_close(torch.cat((mean, log_std), 1), model.posterior(state))
 
 
+def test_one_observation_is_enough_to_predict_from() -> None:
+    model = randomised(TrajectoryRNN(TrajectoryConfig(kind="rnn")))
+    times, values, _, _ = observed(n=1)
+    cell = model.recurrent
+    state, now, value = torch.zeros(3, 25, dtype=torch.float64), times[:, -1], values[:, -1]
+    expected = []
+    for t in (1.4, 1.5):
+        gap = (t - now) / model.config.spacing
+        inputs = torch.cat((value / model.config.scale, gap[:, None]), 1)
+        state = torch.tanh(
+            inputs @ cell.weight_ih_l0.T
+            + cell.bias_ih_l0
+            + state @ cell.weight_hh_l0.T
+            + cell.bias_hh_l0
+        )
+        value, now = model.config.scale * model.out(state), torch.full_like(now, t)
+        expected.append(value)
+    torch.testing.assert_close(model(times, values, [1.4, 1.5]), torch.stack(expected, 1))
+
+
 def test_the_recurrent_network_feeds_its_predictions_back() -> None:
     times, values, index, grid = observed(n=6)
     model = randomised(TrajectoryRNN(TrajectoryConfig(kind="rnn")))

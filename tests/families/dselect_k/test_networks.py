@@ -230,6 +230,33 @@ def test_pairs_that_are_none_have_one_clear_line(
                 call(torch.tensor(users), torch.tensor(items))
 
 
+def test_no_pairs_at_all_have_no_outputs() -> None:
+    factors = MatrixFactorisation(MatrixFactorisationConfig(num_users=USERS, num_items=ITEMS))
+    none = torch.empty(0, dtype=torch.int64)
+    for net in (recommender(), factors):
+        assert net(none, none).outputs.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "message"),
+    [
+        (pairs_of_images, (2, 1, 18, 20), r"images B x 1 x 18 x 18, got \(2, 1, 18, 20\)$"),
+        (pairs_of_images, (2, 3, 18, 18), r"images B x 1 x 18 x 18, got \(2, 3, 18, 18\)$"),
+        (pairs_of_images, (1, 18, 18), r"images B x 1 x 18 x 18, got \(1, 18, 18\)$"),
+        (regression, (2, 9), r"inputs B x 10, got \(2, 9\)$"),
+        (regression, (10,), r"inputs B x 10, got \(10,\)$"),
+    ],
+)
+@pytest.mark.parametrize("per_example", [False, True])
+def test_inputs_of_another_shape_have_one_clear_line(
+    make: Callable[..., MultiTaskNet], shape: tuple[int, ...], message: str, per_example: bool
+) -> None:
+    net = make(gate=GateConfig(per_example=per_example))
+    for call in (net, net.forward_features, net.gate_input):
+        with pytest.raises(ValueError, match=f"^expected {message}"):
+            call(torch.randn(shape))  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("config", [RecommenderConfig, MatrixFactorisationConfig])
 def test_tasks_that_are_none_have_one_clear_line(config: type[Any]) -> None:
     with pytest.raises(ValueError, match=r"^a task must be 'watch' or 'rate', got 'click'$"):

@@ -219,8 +219,10 @@ class TrajectoryRNN(nn.Module):
                 f"a recurrent network predicts onwards only: {min(at):g} is before the last "
                 f"observation at {last:g}"
             )
-        gaps = torch.diff(times, dim=1)
-        _, state = self.recurrent(_inputs(values[:, :-1], gaps, self.config))
+        state = None
+        if values.shape[1] > 1:  # before the last there is something to read
+            gaps = torch.diff(times, dim=1)
+            _, state = self.recurrent(_inputs(values[:, :-1], gaps, self.config))
         now, value, features = times[:, -1], values[:, -1], []
         for t in at:
             inputs = _inputs(value[:, None], (t - now)[:, None], self.config)

@@ -413,8 +413,8 @@ class MatrixFactorisation(nn.Module):
         return _centred(features + self.bias, self.config)
 
     def _product(self, users: Tensor, items: Tensor) -> Tensor:
-        tasks = len(self.config.tasks)
-        u, v = (vectors.view(vectors.shape[0], tasks, -1) for vectors in (users, items))
+        tasks, width = len(self.config.tasks), self.config.embedding_dim + 1
+        u, v = (vectors.view(vectors.shape[0], tasks, width) for vectors in (users, items))
         return (u[..., 1:] * v[..., 1:]).sum(-1) + u[..., 0] + v[..., 0]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -506,11 +506,19 @@ class ImagePairNet(MultiTaskNet):
 
     def gate_input(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """The pixels."""
+        self._check(images)
         return images.flatten(1)
+
+    def _check(self, images: Tensor) -> None:
+        channels, size = self.config.in_channels, self.config.size
+        if images.ndim != 4 or images.shape[1:] != (channels, size, size):
+            raise ValueError(
+                f"expected images B x {channels} x {size} x {size}, got {tuple(images.shape)}"
+            )
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Mixed features of each task, B x T x H."""
-        features: Tensor = self.moe(images, images.flatten(1)).features
+        features: Tensor = self.moe(images, self.gate_input(images)).features
         return features
 
     def forward(
@@ -522,8 +530,11 @@ class ImagePairNet(MultiTaskNet):
             images: B x channels x size x size, normalised.
             hard: with the hardened gate.
             dispatch: see `zoo.families.dselect_k.experts.mix`.
+
+        Raises:
+            ValueError: the images have another shape.
         """
-        features, routing = self.moe(images, images.flatten(1), hard=hard, dispatch=dispatch)
+        features, routing = self.moe(images, self.gate_input(images), hard=hard, dispatch=dispatch)
         return MultiTaskOutput(self.forward_head(features), routing)
 
 
@@ -573,18 +584,24 @@ class RegressionNet(MultiTaskNet):
 
     def gate_input(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """The input itself."""
+        if x.ndim != 2 or x.shape[1] != self.config.in_features:
+            raise ValueError(f"expected inputs B x {self.config.in_features}, got {tuple(x.shape)}")
         return x
 
     def forward(
         self, x: Tensor, *, hard: bool = False, dispatch: Dispatch = "auto"
     ) -> MultiTaskOutput:
-        """Prediction of each task, B x T, of inputs B x in_features."""
-        features, routing = self.moe(x, x, hard=hard, dispatch=dispatch)
+        """Prediction of each task, B x T, of inputs B x in_features.
+
+        Raises:
+            ValueError: the inputs have another shape.
+        """
+        features, routing = self.moe(x, self.gate_input(x), hard=hard, dispatch=dispatch)
         return MultiTaskOutput(self.forward_head(features), routing)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Mixed features of each task, B x T x H."""
-        features: Tensor = self.moe(x, x).features
+        features: Tensor = self.moe(x, self.gate_input(x)).features
         return features
 
     def forward_head(self, features: Tensor) -> Tensor:
