@@ -64,7 +64,7 @@ def test_invalid_bytes_show_as_replacement_characters() -> None:
 
 
 def test_read_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = bytes(range(256))
+    content = bytes(range(1, 256))
     (tmp_path / "x.txt").write_bytes(content)
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in (tmp_path / "x.txt", str(tmp_path / "x.txt"), "~/x.txt"):
@@ -73,10 +73,28 @@ def test_read_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_text_file_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty.txt").touch()
+    wide = {}
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        wide[encoding] = tmp_path / f"{encoding}.txt"
+        wide[encoding].write_bytes("\ufeff日本".encode(encoding))
+    (tmp_path / "bare.txt").write_bytes("ab".encode("utf-16-be"))
+    (tmp_path / "picture.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     for path, message in [
         (tmp_path / "no.txt", f"No text file at {tmp_path}/no.txt."),
         (tmp_path / "empty.txt", f"The text file {tmp_path}/empty.txt is empty."),
         (tmp_path, f"Cannot read the text file {tmp_path}: Is a directory."),
+        *(
+            (path, f"The text file {path} is of UTF-16 or UTF-32; save it as UTF-8.")
+            for path in wide.values()
+        ),
+        *(
+            (
+                tmp_path / name,
+                f"{tmp_path}/{name} is no text file of UTF-8 or Latin-1: byte {at} is zero; save "
+                "it as UTF-8.",
+            )
+            for name, at in (("bare.txt", 0), ("picture.txt", 8))
+        ),
     ]:
         with pytest.raises(DataError) as caught:
             read_text(path)

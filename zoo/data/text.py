@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -23,6 +24,10 @@ TEXTS = ("tiny-shakespeare",)
 
 START = 10
 """The byte that stands before the first of a text (a line feed), so that the first is predicted."""
+
+
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+"""What texts of two or four bytes to a character begin with."""
 
 
 def encode_bytes(text: str) -> Tensor:
@@ -51,8 +56,10 @@ def decode_bytes(tokens: Tensor) -> str:
 def read_text(path: str | Path) -> Tensor:
     """Bytes of a text file as a uint8 tensor.
 
+    Any encoding will do in which a character is at least a byte, as UTF-8 and Latin-1.
+
     Raises:
-        DataError: the file is missing, unreadable or empty.
+        DataError: the file is missing, unreadable or empty, or is of UTF-16, UTF-32 or no text.
     """
     path = Path(path).expanduser()
     try:
@@ -63,6 +70,12 @@ def read_text(path: str | Path) -> Tensor:
         raise DataError(f"Cannot read the text file {path}: {error.strerror}.") from None
     if not content:
         raise DataError(f"The text file {path} is empty.")
+    if content.startswith(_WIDE):
+        raise DataError(f"The text file {path} is of UTF-16 or UTF-32; save it as UTF-8.")
+    if (zero := content.find(0)) >= 0:
+        raise DataError(
+            f"{path} is no text file of UTF-8 or Latin-1: byte {zero} is zero; save it as UTF-8."
+        )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
