@@ -323,6 +323,7 @@ def test_a_prompt_of_several_bytes_to_a_character() -> None:
         ({"seed": "one"}, "seed must be a whole number, got 'one'."),
         ({"seed": 2**63}, f"seed must be from 0 to 2**63 - 1, got {2**63}."),
         ({"seed": -1}, "seed must be from 0 to 2**63 - 1, got -1."),
+        ({"state": "x"}, "state must be the state of an earlier TextStream, or None, got 'x'."),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
@@ -338,6 +339,15 @@ def test_the_smallest_and_largest_options_are_allowed() -> None:
     model = model_of("none")
     options: dict[str, Any] = {"temperature": 1, "top_k": 1_000, "top_p": 1, "seed": 2**63 - 1}
     assert len(model.generate("x", max_new_tokens=1, **options)) == 1
+
+
+def test_numbers_of_arrays_are_numbers() -> None:
+    model = model_of("none")
+    plain: dict[str, Any] = {"max_new_tokens": 9, "top_k": 50, "seed": 3, "temperature": 0.5}
+    arrays = {name: np.array(value)[()] for name, value in plain.items()}
+    arrays["temperature"] = np.float32(0.5)
+    assert type(arrays["seed"]) is np.int64
+    assert model.generate(PROMPT, **arrays) == model.generate(PROMPT, **plain)
 
 
 # --- scores --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import codecs
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -423,28 +424,38 @@ class LanguageModel(ZooModule):
             "top_p": top_p,
             "seed": seed,
         }
-        _check_sampling(prompt, sampling)
+        sampling = _checked_sampling(prompt, sampling)
+        if state is not None and not isinstance(state, LanguageModelState):
+            raise ConfigError(
+                f"state must be the state of an earlier TextStream, or None, got {state!r:.60}."
+            )
         tokens = encode_bytes(prompt)
         if state is None:
             tokens = torch.cat((torch.tensor([START], dtype=torch.uint8), tokens))
         return TextStream(self, tokens, state, **sampling)
 
 
-def _check_sampling(prompt: str, options: Mapping[str, Any]) -> None:
+def _checked_sampling(prompt: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as plain numbers, which those of arrays are not."""
     if not isinstance(prompt, str):
         raise ConfigError(f"The prompt must be a text, got {prompt!r}.")
     if not prompt:
         raise ConfigError("The prompt is empty; give at least one character to continue from.")
+    checked: dict[str, Any] = {}
     for name, value in options.items():
+        checked[name] = value
         if value is None and name in ("top_k", "top_p", "seed"):
             continue
         whole = name in ("max_new_tokens", "top_k", "seed")
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
             kind = "whole number" if whole else "number"
             raise ConfigError(f"{name} must be a {kind}, got {value!r}.")
+        plain: Any = int if whole else float
+        checked[name] = plain(value)
         allowed, in_range = _SAMPLING_RANGES[name]
         if not in_range(value):
             raise ConfigError(f"{name} must be {allowed}, got {value}.")
+    return checked
 
 
 _SAMPLING_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
