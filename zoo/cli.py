@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from zoo.errors import ZooError, nearest
+from zoo.errors import DataError, ZooError, nearest
 
 if TYPE_CHECKING:
     from zoo.cards import Card
@@ -569,9 +569,19 @@ def _recommend(options: argparse.Namespace) -> int:
     module = zoo.load(options.name)
     if not isinstance(module, Recommender):
         raise ZooError(f"{options.name} is no recommender; see: zoo list --task recommendation")
-    found = module.recommend(
-        options.user, options.k, liked=options.liked, exclude_seen=not options.include_seen
-    )
+    try:
+        found = module.recommend(
+            options.user, options.k, liked=options.liked, exclude_seen=not options.include_seen
+        )
+    except DataError:
+        if options.user is None or module.ratings is not None:
+            raise
+        dataset = module.catalogue.dataset
+        raise DataError(
+            "What users have rated is not part of a checkpoint: "
+            f"{f'put {dataset} into $ZOO_DATA_DIR, or ' if dataset else ''}add --include-seen, and "
+            "it is not left out."
+        ) from None
     if options.json:
         from zoo.configs import to_json
 

@@ -15,7 +15,12 @@ from zoo import checkpoints, training
 from zoo.data import encoder_images
 from zoo.data.encoder_images import EncoderImages, grey, read_omniglot
 from zoo.errors import DataError, ZooError
-from zoo.families.online_ensemble import EncoderConfig, OnlineNetworkConfig
+from zoo.families.online_ensemble import (
+    EncoderConfig,
+    EncoderNetworkConfig,
+    OnlineNetworkConfig,
+)
+from zoo.tasks.encoder_training import EncoderTraining
 from zoo.tasks.online_learning import OnlineClassifier
 
 
@@ -101,3 +106,12 @@ def test_an_encoder_is_trained_and_taken_by_a_stream(
     other = OnlineClassifier(OnlineNetworkConfig(encoder=EncoderConfig(dim=7)))
     with pytest.raises(ZooError, match="has no encoder of this kind"):
         other.load_encoder(runs[0].checkpoint)
+
+
+def test_what_diverged_names_nothing_right() -> None:
+    network = EncoderNetworkConfig(encoder=EncoderConfig(dim=6), num_classes=3)
+    module = EncoderTraining(network).eval()
+    images, labels = torch.rand(4, *network.encoder.input_shape), torch.zeros(4, dtype=torch.long)
+    assert not module._errors(images, labels).isnan().any()
+    images[1] = torch.nan
+    assert module._errors(images, labels).isnan().tolist() == [False, True, False, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -316,6 +317,51 @@ def test_what_cannot_be_predicted(model: Any, given: Any, message: str) -> None:
         with pytest.raises(DataError, match=message) as caught:
             model.predict(wrong)
         assert "\n" not in str(caught.value)
+
+
+def closed() -> Image.Image:
+    picture = Image.new("RGB", SIZE[::-1])
+    picture.close()
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Image.new("La", SIZE[::-1]), "cannot be read as RGB: conversion from La to L"),
+        (closed, "that was given cannot be read as RGB: Operation on closed image; give one"),
+        (lambda: Image.new("RGB", (0, 5)), "that was given is 0 x 5: no pixels"),
+    ],
+)
+def test_pictures_in_hand_that_cannot_be_predicted(model: Any, make: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        model.predict(make())
+    assert "\n" not in str(caught.value)
+
+
+def test_the_order_of_bytes_makes_no_difference(model: Any) -> None:
+    pixels = make_images(2)[0] / 255
+    expected = model.predict(pixels)
+    for kind in (">f8", "<f8"):
+        assert model.predict(pixels.astype(kind)) == expected
+
+
+def test_what_is_transparent_is_seen_on_white(model: Any) -> None:
+    hidden = np.zeros((*SIZE, 4), np.uint8)
+    white = np.full((*SIZE, 3), 255, np.uint8)
+    assert model.predict(Image.fromarray(hidden)) == model.predict(white)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_model_that_diverged_is_not_measured(run: training.Run, broken: float) -> None:
+    module: Any = checkpoints.load(run.checkpoint)
+    with torch.no_grad():
+        module.network.head.bias[1] = broken
+    message = r"^The model's logits are not finite: its training diverged, or .* are damaged\.$"
+    with pytest.raises(ZooError, match=message):
+        module.measure(run.datamodule, "test")
+    with pytest.raises(ZooError, match=message):
+        module.predict(GOOD)
 
 
 def test_an_empty_batch_has_no_images(model: Any) -> None:

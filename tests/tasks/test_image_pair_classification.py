@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -152,6 +153,15 @@ def test_bad_canvases_have_one_clear_line(given: Any, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         untrained().predict(given)
     assert "\n" not in str(caught.value)
+
+
+def test_what_comes_of_damaged_weights_has_no_name() -> None:
+    module = untrained()
+    assert module.predict(np.zeros((36, 36), ">f4")) == module.predict(torch.zeros(36, 36))
+    with torch.no_grad():
+        next(module.network.parameters()).fill_(math.nan)
+    with pytest.raises(ZooError, match=r"^The model's logits are not finite: its training"):
+        module.predict(torch.zeros(36, 36))
 
 
 def test_other_bad_input_has_one_clear_line() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -271,7 +272,7 @@ def test_a_diverged_model_is_not_ranked(run: training.Run, broken: float) -> Non
     module.bind(run.datamodule)
     with torch.no_grad():
         module.network.items.weight[3] = broken
-    message = r"^The model's scores are not finite: its training diverged\.$"
+    message = r"^The model's scores are not finite: its training diverged, or .* are damaged\.$"
     for protocol in ("ndcg", "recall"):
         with pytest.raises(ZooError, match=message):
             module.measure(run.datamodule, protocol)
@@ -415,6 +416,12 @@ def test_the_command_lists_items(run: training.Run) -> None:
     said = tiny.run("recommend", run.checkpoint, "--user", "nobody")
     assert (said.status, len(said.err.splitlines())) == (2, 1)
     assert "No user 'nobody'" in said.err
+    said = tiny.run("recommend", run.checkpoint, "--user", "u1")
+    assert (said.status, len(said.err.splitlines())) == (2, 1)
+    assert said.err.endswith(
+        "What users have rated is not part of a checkpoint: add --include-seen, and it is not left "
+        "out.\n"
+    )
 
 
 def test_similar_items_are_by_the_cosine_of_their_vectors(model: Any) -> None:
@@ -452,6 +459,18 @@ def test_items_are_found_by_id_title_or_a_part_that_fits_one() -> None:
     for given in ("12", 12, "Babe", "babe", "ab"):
         assert module.catalogue.items[module._item(given)] == "12"
     assert module._item("Alien") == 0, "a whole title goes before a part of one"
+
+
+def test_an_id_is_no_title_that_parts_of_can_be_found() -> None:
+    catalogue = Catalogue(users=("1", "2", "3"), items=("10", "215", "30", "x"), scale=(1.0, 5.0))
+    titled = dataclasses.replace(catalogue, titles=("10", "215", "Item 30", "x"))
+    for known, found in ((catalogue, "30"), (titled, "Item 30")):
+        module = Recommender(untrained().config, preprocessing=known).eval()
+        with pytest.raises(UnknownNameError, match=r"^No item '15' among 4\."):
+            module.recommend(liked=["15"])
+        assert module._item("215") == 1
+        assert module._item("X") == 3, "the whole of it, whatever its case"
+        assert module._item(found) == 2
 
 
 def test_a_model_in_training_is_used_as_any_other() -> None:

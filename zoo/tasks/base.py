@@ -39,6 +39,7 @@ __all__ = [
     "check_positive",
     "compile_network",
     "count_macs",
+    "finite",
     "seeded_generator",
 ]
 
@@ -377,6 +378,23 @@ def as_numbers(given: Any, what: str) -> Tensor:
         return torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise DataError(f"{what} must be numbers, got {given!r:.60}.") from None
+
+
+def finite(outputs: Tensor, what: str = "outputs") -> Tensor:
+    """The outputs of a network, of which the largest can be told.
+
+    Args:
+        outputs: logits or scores.
+        what: what they are, for messages.
+
+    Raises:
+        ZooError: one is not finite. No number is above NaN, so it would be the best of all.
+    """
+    if not bool(outputs.isfinite().all()):
+        raise ZooError(
+            f"The model's {what} are not finite: its training diverged, or its weights are damaged."
+        )
+    return outputs
 
 
 def seeded_generator(seed: Any) -> torch.Generator:

@@ -87,7 +87,10 @@ class EncoderTraining(ZooModule):
     def _errors(self, images: Tensor, labels: Tensor) -> Tensor:
         """Squared error of each image, or one where its class is wrong; B."""
         if self.config.num_classes:
-            return (self.network.classify(images).argmax(1) != labels).float()
+            logits = self.network.classify(images)
+            wrong = (logits.argmax(1) != labels).float()
+            # The largest of what is not finite says nothing.
+            return wrong.where(logits.isfinite().all(1), torch.nan)
         reconstruction = self.network.reconstruct(images)[0]
         return (reconstruction - images).square().flatten(1).mean(1)
 

@@ -27,7 +27,7 @@ from zoo.data.images import (
 )
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs, finite
 from zoo.tasks.optimization import OptimizerConfig
 
 __all__ = ["ImageClassifier", "ImagePrediction", "images_of"]
@@ -300,7 +300,8 @@ class ImageClassifier(ZooModule):
         Sampling units are images.
 
         Raises:
-            ZooError: there is no such protocol, or the data have other classes.
+            ZooError: there is no such protocol, the data have other classes, or a logit is not
+                finite.
         """
         if protocol not in self.protocols:
             raise ZooError(
@@ -335,11 +336,11 @@ class ImageClassifier(ZooModule):
         )
 
     def _classify(self, images: Tensor) -> Tensor:
-        """Logits of normalised images, on the CPU."""
+        """Logits of normalised images, on the CPU, all of them finite."""
         dtype = next(self.published_network.parameters()).dtype
         with self.evaluating():
             logits: Tensor = self.published_network(self._placed(images.to(self.device, dtype)))
-        return logits.float().cpu()
+        return finite(logits.float().cpu(), "logits")
 
     def _known_preprocessing(self) -> ImagePreprocessing:
         if self.preprocessing is None:
@@ -366,15 +367,16 @@ class ImageClassifier(ZooModule):
 
         Args:
             images: one or a list of: paths of pictures and PIL images, which are brought to the
-                model's size and colours; arrays H x W x C or H x W and tensors C x H x W or H x W,
-                uint8 or floating point from 0 to 1, of the model's size. An array or tensor of one
-                dimension more is a batch.
+                model's size and colours, what is transparent on white; arrays H x W x C or H x W
+                and tensors C x H x W or H x W, uint8 or floating point from 0 to 1, of the model's
+                size. An array or tensor of one dimension more is a batch.
             top_k: number of classes to name, at most all.
 
         Raises:
             ConfigError: `top_k` is no positive whole number.
             DataError: a file is missing or no picture, or an array has a wrong shape, type or
                 range.
+            ZooError: a logit is not finite.
         """
         top_k = check_count("top_k", top_k)
         preprocessing = self._known_preprocessing()
@@ -413,7 +415,8 @@ def images_of(image: Any, preprocessing: ImagePreprocessing) -> list[Tensor]:
         return [resize(picture, preprocessing.size)]
     if isinstance(image, np.ndarray):
         try:
-            tensor = torch.from_numpy(np.ascontiguousarray(image))
+            native = image.astype(image.dtype.newbyteorder("="), copy=False)
+            tensor = torch.from_numpy(np.ascontiguousarray(native))
         except TypeError:
             raise DataError(
                 f"Images must be uint8 or floating point, got an array of {image.dtype}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +16,7 @@ from zoo.data.images import ImagePreprocessing
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.dselect_k import ImagePairConfig, ImagePairNet
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, count_macs
+from zoo.tasks.base import Exportable, Measurement, count_macs, finite
 from zoo.tasks.mixtures import MixtureModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -153,7 +154,7 @@ class ImagePairClassifier(MixtureModule):
         Sampling units are canvases.
 
         Raises:
-            ZooError: there is no such protocol.
+            ZooError: there is no such protocol, or a logit is not finite.
             DataError: the data have other classes.
         """
         if protocol not in self.protocols:
@@ -183,11 +184,11 @@ class ImagePairClassifier(MixtureModule):
         )
 
     def _classify(self, images: Tensor) -> Tensor:
-        """Logits B x 2 x C of normalised canvases, on the CPU."""
+        """Logits B x 2 x C of normalised canvases, on the CPU, all of them finite."""
         dtype = next(self.network.parameters()).dtype
         with self.evaluating():
             logits: Tensor = self.network(images.to(self.device, dtype)).outputs
-        return logits.float().cpu()
+        return finite(logits.float().cpu(), "logits")
 
     def _known_preprocessing(self) -> ImagePreprocessing:
         if self.preprocessing is None:
@@ -210,6 +211,7 @@ class ImagePairClassifier(MixtureModule):
 
         Raises:
             DataError: it has a wrong shape, type or range.
+            ZooError: a logit is not finite.
         """
         known = self._known_preprocessing()
         images = _checked(canvases, known)
@@ -238,6 +240,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def _checked(canvases: Any, preprocessing: ImagePreprocessing) -> Tensor:
     """A batch B x 1 x H x W of known type and range."""
     try:
+        if isinstance(canvases, np.ndarray):
+            canvases = canvases.astype(canvases.dtype.newbyteorder("="), copy=False)
         images = torch.as_tensor(canvases)
     except (TypeError, ValueError, RuntimeError):
         raise DataError(

@@ -30,7 +30,7 @@ from zoo.families.dselect_k import (
 )
 from zoo.families.dselect_k.networks import Task
 from zoo.progress import track
-from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs
+from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs, finite
 from zoo.tasks.mixtures import MixtureModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -458,7 +458,7 @@ class Recommender(MixtureModule):
             users = pairs.users[start : start + at_once]
             wanted = pairs.items[start : start + at_once, None]
             outputs = self._outputs(users.repeat_interleave(items), every.repeat(len(users)))
-            scores = _finite(self._score(outputs)).view(len(users), items)
+            scores = finite(self._score(outputs), "scores").view(len(users), items)
             own = scores.gather(1, wanted)
             others = ~rated[users]
             others.scatter_(1, wanted, False)
@@ -523,13 +523,20 @@ class Recommender(MixtureModule):
             ) from None
 
     def _item(self, item: str | int) -> int:
-        """Position of an item by id, by title, or by a part of the title that only it has."""
+        """Position of an item by id, by title, or by a part of the title that only it has.
+
+        A title that is no more than the id has no part that would tell an item.
+        """
         name, titles = str(item), self.titles
         if name in self.catalogue.items:
             return self.catalogue.items.index(name)
         folded = [title.lower() for title in titles]
         found = [i for i, title in enumerate(folded) if title == name.lower()]
-        found = found or [i for i, title in enumerate(folded) if name and name.lower() in title]
+        found = found or [
+            i
+            for i, title in enumerate(folded)
+            if name and name.lower() in title and titles[i] != self.catalogue.items[i]
+        ]
         if len(found) == 1:
             return found[0]
         if found:
@@ -635,7 +642,7 @@ class Recommender(MixtureModule):
                     vector = self.network.user_vectors(torch.tensor([index], device=self.device))
             with torch.no_grad():
                 outputs = self._of_all_items(vector).float().cpu()
-        scores = _finite(self._score(outputs)).clone()
+        scores = finite(self._score(outputs), "scores").clone()
         if exclude_seen:
             scores[seen] = -math.inf
         best = scores.sort(descending=True, stable=True).indices[:k]
@@ -738,17 +745,6 @@ class Recommender(MixtureModule):
             title=self.titles[pair[1]],
             tasks=tuple(tasks),
         )
-
-
-def _finite(scores: Tensor) -> Tensor:
-    """The scores, which can be ordered.
-
-    Raises:
-        ZooError: one is not finite. No number is above NaN, so it would be the best of all.
-    """
-    if not bool(scores.isfinite().all()):
-        raise ZooError("The model's scores are not finite: its training diverged.")
-    return scores
 
 
 def _in_a_list(several: Any) -> list[Any] | None:
