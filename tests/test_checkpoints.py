@@ -785,6 +785,8 @@ def test_network_arguments_can_be_overridden_in_part(folder: Path) -> None:
         ({"norm": {"epsilon": 3}}, "tiny: network: norm: unknown key 'epsilon'"),
         ({"width": "3"}, "tiny: network: width: expected int, got '3' (str)"),
         ({"num_classes": "3"}, "tiny: network: num_classes: expected int, got '3' (str)"),
+        ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
+        ({"num_classes": True}, "num_classes must be a whole number, got True"),
         ({"width": 8}, "tensor 'body.weight' has shape (4, 4) instead of (8, 8)"),
         ({"num_classes": 5, "width": 8}, "tensor 'body.weight' has shape (4, 4) instead of"),
         ({"dtype": "flaot32"}, "dtype flaot32 is not a floating point type"),

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import zoo
 from zoo import cards, checkpoints, hub
-from zoo.errors import UnknownNameError
+from zoo.errors import ConfigError, UnknownNameError
 from zoo.files import FileRecord
 
 REPOSITORY = Path(__file__).parents[1]
@@ -42,6 +43,16 @@ def test_every_public_name_is_there_and_documented() -> None:
 def test_a_name_that_is_not_there() -> None:
     with pytest.raises(AttributeError, match="module 'zoo' has no attribute 'laod'"):
         zoo.laod  # noqa: B018
+
+
+@pytest.mark.parametrize("given", [None, 5, ["a"]])
+def test_what_is_no_name(given: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        zoo.load(given)
+    assert str(caught.value) == (
+        "load takes the name of a weight, a checkpoint folder or owner/name on the Hub, got "
+        f"{given!r}."
+    )
 
 
 @pytest.mark.parametrize(

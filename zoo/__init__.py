@@ -87,7 +87,14 @@ def load(
             wrong.
     """
     from zoo import checkpoints, hub
+    from zoo.errors import ConfigError
 
+    given: Any = name
+    if not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(
+            f"load takes the name of a weight, a checkpoint folder or owner/name on the Hub, got "
+            f"{given!r:.60}."
+        )
     folder, card = hub.resolve(name, revision, local_files_only)
     module = checkpoints.load(
         folder,

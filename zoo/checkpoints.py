@@ -42,6 +42,7 @@ from zoo.files import (
     remove_leftovers,
 )
 from zoo.registry import architecture, architecture_of
+from zoo.tasks.base import check_count
 
 if TYPE_CHECKING:
     from zoo.tasks.base import ZooModule
@@ -317,6 +318,8 @@ def load(
             f"{config.architecture} has no head of classes to replace, so num_classes does not "
             "apply."
         )
+    if isinstance(num_classes, int):
+        num_classes = check_count("num_classes", num_classes, 2)
     network = _overridden(stored, network_overrides, num_classes, config.architecture)
     preprocessing = _preprocessing(module_class, config.preprocessing, f"{where}: preprocessing")
     tensors = _parse_weights(contents[WEIGHTS_FILE], folder / WEIGHTS_FILE)
