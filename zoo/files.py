@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,33 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def digest(path: Path, suffixes: Collection[str] = ()) -> str:
+    """SHA-256 of a file, or of the names and contents of the files in a folder and those below it.
+
+    Args:
+        path: The file or the folder.
+        suffixes: Of the files in a folder that count, in lower case; none for all. Hidden ones, and
+            those in hidden folders, never do.
+
+    Raises:
+        CheckpointError: When a file cannot be read.
+    """
+    found = hashlib.sha256()
+    listed = [path]
+    if path.is_dir():
+        listed = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p, path)]
+        listed = [p for p in listed if not suffixes or p.suffix.lower() in suffixes]
+    for file in listed:
+        content = read_bytes(file)
+        found.update(f"{file.relative_to(path).as_posix()} {len(content)} ".encode() + content)
+    return found.hexdigest()
+
+
+def is_hidden(path: Path, below: Path) -> bool:
+    """Whether a part of a path, from the folder `below` on, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(below).parts)
 
 
 def parse_json(content: bytes, where: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 from collections.abc import Callable
@@ -510,6 +511,79 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     assert split.labels.tolist() == labels[order].tolist()
 
 
+def test_hidden_files_and_folders_are_no_pictures(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", 9)
+    expected = read_image_folder(folder, SIZE)[0]
+    (folder / "left" / "._000.png").write_bytes(b"a note of macOS")
+    (folder / "left" / "more").mkdir()
+    for place in (folder, folder / "left", folder / "left" / "more"):
+        (place / ".ipynb_checkpoints" / "deep").mkdir(parents=True)
+        shutil.copy(folder / "dark" / "000.png", place / ".ipynb_checkpoints" / "deep" / "a.png")
+    found = read_image_folder(folder, SIZE)[0]
+    assert torch.equal(found.images, expected.images)
+    assert torch.equal(found.labels, expected.labels)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [(".jfif", "JPEG"), (".tga", "TGA"), (".TIFF", "TIFF"), (".jp2", "JPEG2000")],
+)
+def test_less_common_names_of_pictures(tmp_path: Path, suffix: str, kind: str) -> None:
+    folder = write_folder(tmp_path / "a", 6)
+    Image.open(folder / "left" / "001.png").save(folder / "left" / f"b{suffix}", kind)
+    split, _ = read_image_folder(folder, SIZE)
+    assert len(split.labels) == 7
+
+
+def test_every_suffix_is_one_that_pillow_opens() -> None:
+    Image.init()
+    opened = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    assert images.IMAGE_SUFFIXES - {".avif"} <= opened  # which some builds lack
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB", "L"])
+def test_what_is_transparent_is_seen_on_white(tmp_path: Path, mode: str, channels: int) -> None:
+    """The left half is opaque, the right one is black that nobody sees."""
+    dark = 60
+    if mode in ("RGBA", "LA"):
+        picture = Image.new(mode, (4, 2), (dark,) * (len(mode) - 1) + (255,))
+        picture.paste((0,) * len(mode), (2, 0, 4, 2))
+        picture.save(tmp_path / "a.png")
+    elif mode == "PA":
+        picture = Image.new("P", (4, 2), 1)
+        picture.putpalette([0, 0, 0, dark, dark, dark])
+        picture.paste(0, (2, 0, 4, 2))
+        alpha = Image.new("L", (4, 2), 255)
+        alpha.paste(0, (2, 0, 4, 2))
+        picture = picture.convert("PA")
+        picture.putalpha(alpha)
+    else:
+        picture = Image.new(mode, (4, 2), 1 if mode == "P" else (dark,) * len(mode))
+        if mode == "P":
+            picture.putpalette([0, 0, 0, dark, dark, dark])
+        picture.paste(0 if mode != "RGB" else (0, 0, 0), (2, 0, 4, 2))
+        picture.save(tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
+    if mode == "PA":
+        found = images.picture_pixels(picture, "here", channels)
+    else:
+        found = read_image(tmp_path / "a.png", channels).permute(1, 2, 0).numpy()
+    expected = np.full((2, 4, channels), 255)
+    expected[:, :2] = dark
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_by_lightness_are_converted(channels: int) -> None:
+    white = Image.new("LAB", (3, 2), (255, 128, 128))
+    assert images.picture_pixels(white, "here", channels).min() >= 254
+
+
+def test_half_transparent_colours_are_mixed_with_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (1, 1), (200, 100, 0, 51)).save(tmp_path / "a.png")  # a fifth
+    assert read_image(tmp_path / "a.png").flatten().tolist() == [244, 224, 204]
+
+
 def test_pictures_of_a_folder_are_resized(tmp_path: Path) -> None:
     write_folder(tmp_path, 6)
     split, _ = read_image_folder(tmp_path, (4, 5), channels=1)
@@ -586,6 +660,15 @@ def test_a_folder_of_validation_is_the_test_part(tmp_path: Path, name: str) -> N
     assert len(ImageDataModule(path=str(tmp_path), size=SIZE).test_labels) == 9
 
 
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "Val")])
+def test_capitals_make_no_difference_to_parts(tmp_path: Path, train: str, test: str) -> None:
+    write_folder(tmp_path / train, 12)
+    write_folder(tmp_path / test, 6, seed=1)
+    data = ImageDataModule(path=str(tmp_path), size=SIZE)
+    assert (len(data.train_labels), len(data.test_labels)) == (12, 6)
+    assert data.preprocessing.classes == CLASSES
+
+
 @pytest.mark.parametrize(("name", "other"), [("train", "test"), ("test", "train")])
 def test_a_part_without_the_other_is_refused(tmp_path: Path, name: str, other: str) -> None:
     write_folder(tmp_path / name, 12)
@@ -659,8 +742,35 @@ def test_holdout_is_a_part_of_the_training_set(count: int, classes: int, share: 
 def test_holdout_that_leaves_nothing() -> None:
     with pytest.raises(DataError, match="has 20 training images; 20 cannot be held out"):
         data_of(numbered(20), holdout=20)
-    with pytest.raises(DataError, match=r"with 18 held out, class . has none left"):
+    with pytest.raises(DataError, match=r"with 18 held out, class 'apple' has none left"):
         data_of(numbered(20), holdout=18)
+
+
+@pytest.mark.parametrize(
+    ("counts", "held"),
+    [((30, 2), (5, 1)), ((2, 30), (1, 5)), ((100, 3, 1), (20, 1, 0)), ((1, 3), (0, 2))],
+)
+def test_each_class_of_a_folder_is_measured(
+    tmp_path: Path, counts: tuple[int, ...], held: tuple[int, ...]
+) -> None:
+    """Of each class that has two pictures; of one alone none, since it is to be learned."""
+    for name, count in zip("abc", counts, strict=False):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (2, 2)).save(tmp_path / name / f"{index}.png")
+    data = ImageDataModule(path=str(tmp_path), size=(2, 2))
+    assert data.test_labels.bincount(minlength=len(counts)).tolist() == list(held)
+    kept = [count - apart for count, apart in zip(counts, held, strict=True)]
+    assert data.train_labels.bincount(minlength=len(counts)).tolist() == kept
+
+
+def test_a_class_that_would_be_lost_is_named(tmp_path: Path) -> None:
+    for name, count in (("ants", 30), ("bees", 2)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (2, 2)).save(tmp_path / name / f"{index}.png")
+    with pytest.raises(DataError, match=r"with 29 held out, class 'bees' has none left\.$"):
+        ImageDataModule(path=str(tmp_path), size=(2, 2), test_fraction=0.9).setup()
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from zoo.data.sources import cache_dir, locate, locate_first
 from zoo.errors import DataError, UnknownNameError, nearest
-from zoo.files import partial_path
+from zoo.files import is_hidden, partial_path
 from zoo.progress import track
 
 __all__ = [
@@ -231,10 +231,11 @@ def read_cifar_pickle(file: BinaryIO, where: str) -> ImageSplit:
 
 
 def read_image(path: str | os.PathLike[str], channels: int = 3) -> Tensor:
-    """One picture in a file of any common format, C x H x W uint8.
+    """One picture in a file of any common format, C x H x W uint8; see `picture_pixels`.
 
     Raises:
-        DataError: the file is missing, is no picture, or has values of 32 bits.
+        DataError: the file is missing, is no picture, or has values of 32 bits or other colours
+            than can be converted.
     """
     path = Path(path)
     try:
@@ -269,17 +270,22 @@ _TOO_DEEP = "32-bit values"
 def picture_pixels(picture: Any, where: str, channels: int) -> NDArray[np.uint8]:
     """Pixels of a PIL image as it is looked at, H x W x C: the right way up, and of 8 bits.
 
+    What is transparent is seen on white, so that colours that nobody sees do not count.
+
     Args:
         picture: the image.
         where: what it is, for messages.
         channels: 1 for grey, 3 for colour.
 
     Raises:
-        DataError: it has values of 32 bits, of which nobody knows what is white.
+        DataError: it has no pixels, colours that cannot be converted, or values of 32 bits, of
+            which nobody knows what is white.
     """
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
     mode = picture.mode
+    if 0 in picture.size:
+        raise DataError(f"The picture {where} is {picture.width} x {picture.height}: no pixels.")
     # Pillow opens PNM files of 16 bits as "I", and did so with PNG before version 11.
     sixteen = mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM"))
     if mode in ("I", "F") and not sixteen:
@@ -293,7 +299,18 @@ def picture_pixels(picture: Any, where: str, channels: int) -> NDArray[np.uint8]
         values = np.asarray(upright).astype(np.int64)
         grey = ((values + 128) // 257).astype(np.uint8)
         return np.repeat(grey[:, :, None], channels, axis=2)
-    pixels: NDArray[np.uint8] = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
+    wanted = "L" if channels == 1 else "RGB"
+    try:
+        if mode == "LAB":  # which Pillow brings to no other colours
+            upright = upright.convert("RGB")
+        if upright.has_transparency_data:
+            seen = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+        pixels: NDArray[np.uint8] = np.asarray(upright.convert(wanted))
+    except ValueError as error:  # as of one that was closed
+        raise DataError(
+            f"The picture {where} cannot be read as {wanted}: {error}; give one of mode {wanted}."
+        ) from None
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
@@ -306,7 +323,11 @@ def _stack(images: Sequence[NDArray[np.uint8]], where: str) -> Tensor:
 
 
 IMAGE_SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+    (
+        *(".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe"),
+        *(".jpeg", ".jpg", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga"),
+        *(".tif", ".tiff", ".webp", ".xbm"),
+    )
 )
 """Of files that are taken for pictures, in lower case."""
 
@@ -322,7 +343,8 @@ def read_image_folder(
         channels: 1 for grey, 3 for colour.
 
     Returns:
-        The images, and the names of the classes in alphabetical order.
+        The images, and the names of the classes in alphabetical order. Files and folders whose
+        names begin with a dot are none.
 
     Raises:
         DataError: there is no such folder, fewer than two classes, a class without pictures, or a
@@ -337,10 +359,7 @@ def read_image_folder(
         raise DataError(
             f"{path} has {found}; it needs one folder of pictures for each of two or more classes."
         )
-    files = [
-        [p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-        for name in classes
-    ]
+    files = [_pictures(path / name) for name in classes]
     for name, of_class in zip(classes, files, strict=True):
         if not of_class:
             raise DataError(f"The class folder {path / name} has no pictures.")
@@ -362,6 +381,12 @@ def read_image_folder(
             f"{f' Some have {_TOO_DEEP}; save them with 8 bits.' if too_deep else ''}"
         )
     return ImageSplit(images, labels), tuple(classes)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder and those below it, in order; no hidden ones."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    return sorted(p for p in found if not is_hidden(p, folder))
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -753,14 +778,16 @@ class ImageDataModule(pl.LightningDataModule):
     """A set of labelled images: one of the known ones, or a folder of your own.
 
     A folder has one folder of pictures per class; or two folders, `train` and `test`, that do. In
-    place of `test` there may be `val`, `valid` or `validation`.
+    place of `test` there may be `val`, `valid` or `validation`; capitals make no difference. Names
+    that begin with a dot are passed over. What is transparent is seen on white.
 
     Args:
         dataset: name of a known set.
         path: a folder of your own; None takes `dataset`.
         size: height and width that pictures of a folder are resized to.
         channels: of a folder's pictures: 1 for grey, 3 for colour.
-        test_fraction: of each class of a folder without `test`, that is measured on, in (0, 1).
+        test_fraction: of each class of a folder without `test`, that is measured on, in (0, 1); at
+            least one picture of each class that has two.
         batch_size: images of a training batch, over all processes.
         augment: how training images are changed at random.
         holdout: training images kept apart, which validation then uses, so that the test set
@@ -830,19 +857,20 @@ class ImageDataModule(pl.LightningDataModule):
         """Training set, test set and classes of the user's folder."""
         assert self.path is not None
         root = Path(self.path).expanduser()
-        held = _test_part(root)
-        if held is not None:
-            train, classes = read_image_folder(root / "train", self.size, self.channels)
+        parts = _parts_of(root)
+        if parts is not None:
+            fit, held = parts
+            train, classes = read_image_folder(root / fit, self.size, self.channels)
             test, others = read_image_folder(root / held, self.size, self.channels)
             if others != classes:
                 differ = ", ".join(sorted({*classes} ^ {*others}))
                 raise DataError(
-                    f"Only one of train and {held} in {root} has the classes: {differ}."
+                    f"Only one of {fit} and {held} in {root} has the classes: {differ}."
                 )
             return train, test, classes
         split, classes = read_image_folder(root, self.size, self.channels)
         count = max(round(self.test_fraction * len(split.labels)), len(classes))
-        kept, apart = _set_apart(split, count, str(root))
+        kept, apart = _set_apart(split, count, str(root), classes)
         return kept, apart, classes
 
     @functools.cached_property
@@ -854,7 +882,8 @@ class ImageDataModule(pl.LightningDataModule):
             split = self._folder[0]
         if not self.holdout:
             return split, None
-        return _set_apart(split, self.holdout, self.path or self.dataset)
+        names = self.preprocessing.classes
+        return _set_apart(split, self.holdout, self.path or self.dataset, names)
 
     @functools.cached_property
     def _test(self) -> ImageSplit:
@@ -942,20 +971,21 @@ class ImageDataModule(pl.LightningDataModule):
 _TEST_PARTS = ("test", "val", "valid", "validation")
 
 
-def _test_part(root: Path) -> str | None:
-    """Name of the folder of test pictures beside `train`; None where `root` has classes.
+def _parts_of(root: Path) -> tuple[str, str] | None:
+    """Names of the folders of training and of test pictures; None where `root` has classes.
 
     Raises:
         DataError: only one of the two is there.
     """
-    folders = {p.name for p in root.iterdir() if p.is_dir()} if root.is_dir() else set()
-    folders = {name for name in folders if not name.startswith(".")}
-    parts = folders & {"train", *_TEST_PARTS}
-    main = parts & {"train", "test"}
+    listed = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    folders = {name.lower(): name for name in listed if not name.startswith(".")}
+    parts = {name: folders[name] for name in ("train", *_TEST_PARTS) if name in folders}
+    main = [parts[name] for name in ("train", "test") if name in parts]
+    others = len(parts) < len(folders)
     # A class may be called "train", but has pictures, and stands beside other classes.
-    if not main or (parts < folders and not any(_has_classes(root / name) for name in main)):
+    if not main or (others and not any(_has_classes(root / name) for name in main)):
         return None
-    held = next((name for name in _TEST_PARTS if name in parts), None)
+    held = next((parts[name] for name in _TEST_PARTS if name in parts), None)
     if held is None:
         raise DataError(
             f"{root} has 'train' but no 'test'; add {' or '.join(map(repr, _TEST_PARTS))}, or "
@@ -966,7 +996,7 @@ def _test_part(root: Path) -> str | None:
             f"{root} has 'test' but no 'train'; add it, or name a folder in which each folder is a "
             "class."
         )
-    return held
+    return parts["train"], held
 
 
 def _has_classes(folder: Path) -> bool:
@@ -984,21 +1014,32 @@ def _loader(
     return DataLoader(batches, sampler=sampler, batch_size=None, generator=torch.Generator())
 
 
-def _set_apart(split: ImageSplit, count: int, where: str) -> tuple[ImageSplit, ImageSplit]:
+def _set_apart(
+    split: ImageSplit, count: int, where: str, names: Sequence[str]
+) -> tuple[ImageSplit, ImageSplit]:
     """Two parts of a set, the second of `count` images in the proportions of the classes.
 
     Raises:
         DataError: a class would be left without a training image.
     """
-    parts = set_apart(split.labels, count, where)
+    parts = set_apart(split.labels, count, where, names=names)
     kept, apart = (ImageSplit(split.images[i], split.labels[i]) for i in parts)
     return kept, apart
 
 
 def set_apart(
-    labels: Tensor, count: int, where: str, *, what: str = "images", seed: int = _SPLIT_SEED
+    labels: Tensor,
+    count: int,
+    where: str,
+    *,
+    what: str = "images",
+    seed: int = _SPLIT_SEED,
+    names: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor]:
     """Rows of two parts of a set, the second of `count` samples in the proportions of the classes.
+
+    Where `count` allows, at least one of each class that has two or more is among these, and none
+    of a class that has one alone.
 
     Args:
         labels: class of each sample, integers.
@@ -1006,6 +1047,7 @@ def set_apart(
         where: what the set is, for messages.
         what: what the samples are, likewise.
         seed: of which samples of a class they are.
+        names: of the classes, for messages; none: their numbers.
 
     Raises:
         DataError: a class would be left without a training sample.
@@ -1017,14 +1059,21 @@ def set_apart(
     # The k-th sample of a class of n stands at (k + 1/2) / n; the first `count` in this order are
     # the classes in their proportions.
     place = np.empty(len(values))
-    for label in np.unique(values):
+    sizes = dict(
+        zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True)
+    )
+    several = sum(size > 1 for size in sizes.values())
+    for label, size in sizes.items():
         members = shuffled[values[shuffled] == label]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        place[members] = (np.arange(size) + 0.5) / size if size > 1 else 1.0
+        if size > 1 and count >= several:
+            place[members[0]] = 0.0
     order = np.lexsort((values, place))
     apart, kept = np.sort(order[:count]), np.sort(order[count:])
     lost = np.setdiff1d(values, values[kept])
     if len(lost):
+        name = repr(names[lost[0]]) if len(names) else lost[0]
         raise DataError(
-            f"{where} has too few {what}: with {count} held out, class {lost[0]} has none left."
+            f"{where} has too few {what}: with {count} held out, class {name} has none left."
         )
     return torch.from_numpy(kept), torch.from_numpy(apart)

@@ -219,7 +219,9 @@ class TextStreamDataModule(pl.LightningDataModule):
         """Rows to learn and rows to test."""
         _, labels, classes = self._texts
         count = max(round(self.test_fraction * len(labels)), len(classes))
-        return set_apart(labels, count, str(self.path), what="texts", seed=self.split_seed)
+        return set_apart(
+            labels, count, str(self.path), what="texts", seed=self.split_seed, names=classes
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
