@@ -31,7 +31,7 @@ import yaml
 from zoo.cards import shipped_folder
 from zoo.configs import build, to_json
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
-from zoo.files import NO_ROOM, write_bytes
+from zoo.files import CONFIG_FILE, NO_ROOM, WEIGHTS_FILE, write_bytes
 from zoo.registry import architecture
 from zoo.tuning.config import FineTuning
 
@@ -541,7 +541,8 @@ def fit(
         ConfigError: the recipe is not usable, differs from the one that is resumed, or asks for
             fewer epochs or steps than that one has.
         DataError: the data are missing or too small.
-        ZooError: the run folder holds a run and `resume` is False, or cannot be written.
+        ZooError: the run folder holds a run and `resume` is False, is a checkpoint folder, or
+            cannot be written.
         CheckpointError: `last.ckpt` is damaged, or holds more than tensors and plain values.
         KeyboardInterrupt: the training was interrupted; its text says how to go on.
     """
@@ -554,8 +555,10 @@ def fit(
 
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
-    folder = Path("runs") / recipe.path.stem if out is None else Path(out)
+    folder = Path("runs") / recipe.path.stem if out is None else Path(out).expanduser()
     last = folder / "last.ckpt"
+    if not last.exists() and all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        raise ZooError(f"{folder} is a checkpoint folder; choose another --out folder for the run.")
     if last.exists() and not resume:
         raise ZooError(
             f"{folder} holds an earlier run; add --resume to go on with it, or choose another "
