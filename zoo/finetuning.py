@@ -20,6 +20,7 @@ from zoo.configs import build, to_json
 from zoo.errors import ConfigError, DataError, nearest
 from zoo.evaluation import Outcome
 from zoo.registry import Architecture, architecture_of
+from zoo.tasks.base import check_count
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -43,6 +44,9 @@ _TASKS = {
     "language-modeling": "text",
 }
 """Task -> the kind of data that it is fine-tuned on."""
+
+_NULLS = ("null", "Null", "NULL", "~")
+"""Words that YAML reads as nothing."""
 
 _BATCHES = {"images": {"batch_size": 32}, "ratings": {"batch_size": 256}, "text": {"streams": 8}}
 """Smaller than when training from scratch, since there is less data; overrides change it."""
@@ -137,8 +141,16 @@ def finetune(
         ZooError: the run folder cannot be used.
         KeyboardInterrupt: the training was interrupted.
     """
+    from zoo.tasks.recommendation import Recommender  # here, since few need it
+
     if type(epochs) is not int or epochs < 1:
         raise ConfigError(f"epochs must be an integer of at least 1, got {epochs!r}")
+    if num_classes is not None:
+        num_classes = check_count("num_classes", num_classes, 2)
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"name must be a text, or None for one after the data, got {name!r:.60}")
+    if out is not None and not isinstance(out, (str, os.PathLike)):
+        raise ConfigError(f"out must be the path of a folder, or None, got {out!r:.60}")
     if rank is not None and adapters is None:
         # Stored recipes name a rank always, so that FineTuning cannot tell.
         raise ConfigError("rank is for adapters; choose lora or lora-fa")
@@ -150,8 +162,10 @@ def finetune(
             f"new classes at any time."
         )
     kind, options = _described(data, base, entry, label, seed)
+    if str(options.get("path")).strip() in _NULLS:  # which a recipe would take for none
+        options["path"] = f"./{options['path']}"
     tag = _slug(name or _source(options) or kind)
-    folder = Path("runs") / f"{entry.name}.{tag}" if out is None else Path(out)
+    folder = Path("runs") / f"{entry.name}.{tag}" if out is None else Path(out).expanduser()
     in_memory = not isinstance(model, (str, os.PathLike))
     trainer = {
         "accelerator": accelerator,
@@ -201,35 +215,41 @@ def finetune(
     recipe = training.make_recipe(values, overrides, Path(f"{tag}.yaml"), is_file=False)
     datamodule = training.data_module(recipe)
     datamodule.setup()
-    recipe.options["model"]["network"].update(
-        _sizes(base, datamodule, num_classes, fixed=in_memory)
-    )
+    recipe.options["model"]["network"].update(_sizes(base, datamodule, num_classes))
 
-    # The recipe says where the base is, and not which weights are there.
+    # The recipe says where base and data are, and not what is there.
     begun = (folder / "last.ckpt").exists() and (folder / _BEFORE).is_file()
-    own = checkpoints.digest(base)
-    if begun and files.read_json(folder / _BEFORE).get("base", own) != own:
+    own, learned = checkpoints.digest(base), _digest_of_data(recipe)
+    known = files.read_json(folder / _BEFORE) if begun else {}
+    if known.get("base", own) != own:
         raise ConfigError(f"{folder} holds a fine-tuning of other weights; choose another `out`.")
+    if known.get("data", learned) != learned:
+        raise ConfigError(
+            f"The data have changed since the fine-tuning in {folder} began; choose another `out`."
+        )
 
     def prepared(module: ZooModule, datamodule: Any) -> None:
         if _is_first_process():
             if in_memory:
                 checkpoints.save(base, folder / _BASE)
             found = evaluation.evaluate_module(module, datamodule)
-            values = {"base": own, "outcomes": [_plain(outcome) for outcome in found]}
+            outcomes = [_plain(outcome) for outcome in found]
+            values = {"base": own, "data": learned, "outcomes": outcomes}
             files.write_json(folder / _BEFORE, values)
 
     done = training.fit(recipe, out=folder, resume=True, base=base, prepared=prepared)
-    if not _is_first_process():
-        tuned: ZooModule = done.module
-        return tuned
-    module = checkpoints.load(done.checkpoint)
+    first = _is_first_process()
+    module: ZooModule = checkpoints.load(done.checkpoint) if first else done.module
+    if isinstance(module, Recommender):
+        module.attach(datamodule.ratings)
+    if not first:
+        return module
     recipe = training.read_recipe(done.checkpoint / files.RECIPE_FILE)
     after = evaluation.evaluate_module(module, datamodule)
     stored = files.read_json(folder / _BEFORE)["outcomes"]
     before = tuple(build(Outcome, outcome, str(folder / _BEFORE)) for outcome in stored)
     finished = FineTuned(folder=folder, checkpoint=done.checkpoint, before=before, after=after)
-    _record(finished, recipe, label, card, data_license, seed)
+    _record(finished, recipe, label, card and _resized(card, base, module), data_license, seed)
     module.finetuned = finished
     return module
 
@@ -288,9 +308,7 @@ def _base(model: str | os.PathLike[str] | ZooModule) -> _Base:
     return _Base(module, source, title, card, inherited)
 
 
-def _sizes(
-    base: ZooModule, datamodule: Any, num_classes: int | None, *, fixed: bool
-) -> dict[str, int]:
+def _sizes(base: ZooModule, datamodule: Any, num_classes: int | None) -> dict[str, int]:
     """Arguments of the network that the data decide.
 
     Raises:
@@ -304,11 +322,10 @@ def _sizes(
     if not hasattr(base.config, "num_classes"):
         return {}
     have = len(datamodule.preprocessing.classes)
-    wanted = base.config.num_classes if fixed and num_classes is None else num_classes
-    if wanted not in (None, have):
+    if num_classes not in (None, have):
         names = ", ".join(datamodule.preprocessing.classes[:5]) + (", ..." if have > 5 else "")
         raise ConfigError(
-            f"The data have {have} classes ({names}), but the head is for {wanted}: give "
+            f"The data have {have} classes ({names}), but the head is for {num_classes}: give "
             f"num_classes={have}, or none."
         )
     return {"num_classes": have}
@@ -367,6 +384,14 @@ def _described(
         known = base.preprocessing
         options |= {"size": list(known.size), "channels": known.channels}
     return kind, options
+
+
+def _digest_of_data(recipe: training.Recipe) -> str | None:
+    """SHA-256 of the user's own data; None for those of the zoo, which never change."""
+    from zoo.data.images import IMAGE_SUFFIXES  # here, since it imports torch
+
+    path = recipe.options["data"].get("path")
+    return files.digest(Path(path).expanduser(), IMAGE_SUFFIXES) if path else None
 
 
 def _slug(name: str) -> str:
@@ -441,6 +466,15 @@ def _record(
     )
     text = cards.render(cards.computed(card, done.checkpoint))
     files.write_bytes(done.checkpoint / files.CARD_FILE, text.encode())
+
+
+def _resized(card: Card, base: ZooModule, module: ZooModule) -> Card:
+    """The card of a base with as many logits as the fine-tuned module has."""
+    if not hasattr(base.config, "num_classes"):
+        return card
+    before, now = base.config.num_classes, module.config.num_classes
+    logits = rf"(\blogits B x (?:\d+ x )*){before}\b(?! x)"
+    return dataclasses.replace(card, output=re.sub(logits, rf"\g<1>{now}", card.output))
 
 
 def _data_name(recipe: training.Recipe) -> str:

@@ -28,6 +28,7 @@ from zoo import (
     checkpoints,
     evaluation,
     figures,
+    files,
     finetuning,
     publishing,
     training,
@@ -434,6 +435,8 @@ def test_users_and_items_keep_their_vectors_by_id(rated: Path, tmp_path: Path) -
     kept = training.read_recipe(module.finetuned.checkpoint / "recipe.yaml")
     assert kept.options["model"]["watch_weight"] == 0.8, "it is trained as the base was"
     assert {outcome.protocol for outcome in module.finetuned.after} == {"ndcg", "recall", "rating"}
+    assert module.recommend(user="u3") == [], "it has rated all four items"
+    assert len(module.recommend(user="u3", exclude_seen=False)) == 4
 
 
 @pytest.mark.parametrize(
@@ -579,6 +582,70 @@ def test_a_folder_whose_weights_have_changed_since_is_another_base(
     assert weights(zoo.finetune(folder, four, out=out, **short).finetuned.checkpoint) != trained
 
 
+def repainted(folder: Path) -> None:
+    Image.new("RGB", SIZE[::-1], (9, 8, 7)).save(next((folder / "white").iterdir()))
+
+
+def longer(path: Path) -> None:
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
+
+
+def rated_anew(path: Path) -> None:
+    path.write_text(path.read_text().replace(",5\n", ",1\n"))
+
+
+def test_the_digest_of_a_folder_is_of_the_names_and_contents_of_its_visible_pictures(
+    tmp_path: Path,
+) -> None:
+    folder = write_folder(tmp_path / "a", 6)
+    found = files.digest(folder, [".png"])
+    assert found == files.digest(shutil.copytree(folder, tmp_path / "b"), [".png"])
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "a.png").touch()
+    (folder / "notes.md").write_text("Mine.")
+    assert files.digest(folder, [".png"]) == found
+    assert files.digest(folder) != found
+    picture = folder / "left" / "001.png"
+    picture.rename(picture.with_name("renamed.png"))
+    seen = {found, files.digest(folder, [".png"])}
+    shutil.copy(folder / "dark" / "000.png", picture)
+    seen.add(files.digest(folder, [".png"]))
+    picture.write_bytes(b"other")
+    seen.add(files.digest(folder, [".png"]))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [("images", repainted), ("text", longer), ("ratings", rated_anew)]
+)
+def test_data_that_have_changed_since_are_refused(
+    kind: str, change: Any, base: Path, four: Path, rated: Path, tmp_path: Path
+) -> None:
+    short: dict[str, Any] = {"epochs": 1, "out": tmp_path / "run", **QUICK}
+    if kind == "images":
+        start, data = base, shutil.copytree(four, tmp_path / "data")
+    elif kind == "text":
+        start, data = published.write_weight(tmp_path / "lm"), write_text(tmp_path, 60)
+    else:
+        start, data = rated, ratings_of(tmp_path, ("u1", "u2", "u4"), ("i1", "i2", "i3", "i4"))
+    first = zoo.finetune(start, data, **short).finetuned
+    assert zoo.finetune(start, data, **short).finetuned.after == first.after
+    change(data)
+    trained, said = weights(first.checkpoint), (first.folder / "before.json").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        zoo.finetune(start, data, **short)
+    assert str(caught.value) == (
+        f"The data have changed since the fine-tuning in {first.folder} began; choose another "
+        "`out`."
+    )
+    assert weights(first.checkpoint) == trained
+    assert (first.folder / "before.json").read_bytes() == said
+    # A run from before this was kept goes on.
+    older = {key: value for key, value in json.loads(said).items() if key != "data"}
+    (first.folder / "before.json").write_text(json.dumps(older))
+    zoo.finetune(start, data, **short)
+
+
 def test_a_module_in_memory_goes_on_with_its_own_run_alone(
     base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -688,6 +755,13 @@ PICTURES = {
     "weights": (lambda f: pictures(f, "a", "b"), {"weight_decay": math.nan},
                 "weight_decay must be finite and not negative, got nan"),
     "decay": (lambda f: pictures(f, "a", "b"), {"layer_decay": 2.0}, "layer_decay must be in (0"),
+    "no number of classes": (lambda f: pictures(f, "a", "b"), {"num_classes": "2"},
+                             "num_classes must be a whole number, got '2'"),
+    "one of a kind": (lambda f: pictures(f, "a", "b"), {"num_classes": 1},
+                      "num_classes must be at least 2, got 1"),
+    "name": (lambda f: pictures(f, "a", "b"), {"name": 5}, "name must be a text, or None for one "),
+    "folder": (lambda f: pictures(f, "a", "b"), {"out": 5},
+               "out must be the path of a folder, or None, got 5"),
     "override": (lambda f: pictures(f, "a", "b"), {"overrides": ["dta.x=1"]},
                  "Unknown section 'dta'"),
 }  # fmt: skip
@@ -706,7 +780,7 @@ def test_bad_input_is_one_line_before_anything_starts(
     write, options, message = PICTURES[case]
     data = write(tmp_path / "data")
     with pytest.raises(ZooError) as caught:
-        zoo.finetune(base, data, out=tmp_path / "run", **{**QUICK, **options})
+        zoo.finetune(base, data, **{**QUICK, "out": tmp_path / "run", **options})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ".yaml" not in str(caught.value), "there is no such file"
@@ -714,9 +788,83 @@ def test_bad_input_is_one_line_before_anything_starts(
 
 
 def test_a_module_whose_head_is_for_other_classes(base: Path, four: Path, tmp_path: Path) -> None:
-    module = zoo.load(base, num_classes=7)
-    with pytest.raises(ConfigError, match=r"The data have 4 classes .* but the head is for 7"):
-        zoo.finetune(module, four, out=tmp_path / "run", **QUICK)
+    """It gets a fresh head as a name does, and the card says how many logits there are."""
+    still = {**IMAGES, "epochs": 1, "freeze": ["head"]}
+    module = zoo.load(base)
+    with pytest.raises(
+        ConfigError, match=r"The data have 4 classes .* but the head is for 7: give"
+    ):
+        zoo.finetune(module, four, num_classes=7, out=tmp_path / "run", **QUICK)
+    found = zoo.finetune(module, four, out=tmp_path / "run", **still)
+    assert found.config.num_classes == 4
+    fresh = zoo.load(base, num_classes=4, seed=0).network.state_dict()
+    for name in HEAD:
+        assert torch.equal(found.network.state_dict()[name], fresh[name]), name
+
+
+@pytest.mark.parametrize(
+    ("before", "classes", "after"),
+    [
+        ("names, or logits B x 10", (10, 2), "names, or logits B x 2"),
+        ("names, or logits B x 2 x 10", (10, 3), "names, or logits B x 2 x 3"),
+        ("names, or logits B x 2 x 2", (2, 7), "names, or logits B x 2 x 7"),
+        ("logits B x 10 of 10 x 10 pixels", (10, 4), "logits B x 4 of 10 x 10 pixels"),
+        ("names, or logits B x 100", (10, 2), "names, or logits B x 100"),
+    ],
+)
+def test_a_card_says_how_many_logits_there_are(
+    before: str, classes: tuple[int, int], after: str
+) -> None:
+    from dataclasses import replace
+
+    from tests.tiny_images import TinyClassifier, TinyNetConfig
+
+    old, new = (TinyClassifier(TinyNetConfig(num_classes=count)) for count in classes)
+    card = replace(published.card(), output=before)
+    assert finetuning._resized(card, old, new).output == after
+
+
+def test_no_card_is_written_of_a_training_that_diverged(
+    base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(self: Any) -> None:
+        with torch.no_grad():
+            self.network.head.bias.fill_(math.nan)
+
+    monkeypatch.setattr("tests.tiny_images.TinyClassifier.on_train_epoch_end", diverge)
+    with pytest.raises(
+        ZooError, match=r"^The model's logits are not finite: its training diverged"
+    ):
+        zoo.finetune(base, four, out=tmp_path / "run", **{**IMAGES, "epochs": 1})
+    assert not (tmp_path / "run" / "checkpoint" / CARD_FILE).exists()
+    assert not (tmp_path / "run" / "checkpoint" / RESULTS_FILE).exists()
+
+
+def test_a_checkpoint_folder_is_no_run_folder(base: Path, four: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ZooError) as caught:
+        zoo.finetune(folder, four, out=folder, **IMAGES)
+    assert str(caught.value) == (
+        f"{folder} is a checkpoint folder; choose another --out folder for the run."
+    )
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_folder_may_be_in_the_home_and_data_be_called_null(
+    base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(four, "null")
+    module = zoo.finetune(base, "null", out="~/run", **{**IMAGES, "epochs": 1})
+    assert module.finetuned.folder == tmp_path / "home" / "run"
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "null"}
+    assert {"last.ckpt", "before.json", "checkpoint"} <= {
+        path.name for path in module.finetuned.folder.iterdir()
+    }
+    assert module.preprocessing.classes == ("new 0", "new 1", "new 2", "white")
+    assert evaluation.evaluate(module.finetuned.checkpoint).passed
 
 
 def test_a_recommender_has_no_classes(tmp_path: Path) -> None:
