@@ -50,6 +50,7 @@ def test_settings_from_words() -> None:
         ("bits=four", "analog bits takes numbers, got 'four'"),
         ("bits=", "analog bits takes numbers"),
         ("repeats=0", "repeats must be at least 1, got 0"),
+        ("images=0", "images must be at least 1, got 0"),
         ("seed=-1", "seed must not be negative, got -1"),
         ("bits=4,6,4", "analog bits has 4 more than once"),
         ("noise=0.5 noise=0.2", "analog noise is given twice; write noise=A,B for several"),
@@ -143,6 +144,21 @@ def test_sweep(folder: Path, tmp_path: Path) -> None:
     paths = figures.draw_analog([found], tmp_path)
     assert [path.name for path in paths] == ["analog_bits.png", "analog_noise.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+
+
+def test_some_of_the_images(folder: Path) -> None:
+    """Of all classes alike, though a folder is read class by class."""
+    settings = AnalogSettings(bits=(12.0,), noise=(0.0,), repeats=1, images=6)
+    assert analog.sweep(folder, settings).results[0].n == 6
+    whole = dataclasses.replace(settings, images=10**6)
+    assert analog.sweep(folder, whole) == analog.sweep(
+        folder, dataclasses.replace(settings, images=None)
+    )
+    recipe = training.read_recipe(folder / "recipe.yaml")
+    datamodule: Any = training.data_module(recipe)
+    datamodule.setup()
+    datamodule.measure_on(6)
+    assert len(set(datamodule.test_labels.tolist())) == len(tiny_images.CLASSES)
 
 
 def test_command(folder: Path) -> None:

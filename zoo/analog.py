@@ -62,7 +62,12 @@ class AnalogSettings:
     """What 1 stands for: the largest value of each tensor on training images, or 1, which needs no
     training images, and cuts off what is larger."""
 
+    images: int | None = None
+    """Test images to measure on, evenly spread over the set; None: all."""
+
     def __post_init__(self) -> None:
+        if self.images is not None and self.images < 1:
+            raise ConfigError(f"analog images must be at least 1, got {self.images}")
         for name in ("bits", "noise"):
             values = getattr(self, name)
             if not values:
@@ -122,7 +127,7 @@ class AnalogSweep:
 
 
 def parse_settings(words: Iterable[str]) -> AnalogSettings:
-    """Settings from `bits=4,6 noise=0.2,0.5 repeats=3 seed=0 scale=calibrated`.
+    """Settings from `bits=4,6 noise=0.2,0.5 repeats=3 seed=0 scale=calibrated images=1000`.
 
     Raises:
         ConfigError: a key is unknown or given twice, or a value is no number.
@@ -134,7 +139,7 @@ def parse_settings(words: Iterable[str]) -> AnalogSettings:
         if not equals or key not in known:
             raise ConfigError(
                 f"Cannot read {word!r} after --analog.{nearest(key, known)} Write bits=4,6 "
-                "noise=0.2,0.5 repeats=3 seed=0 scale=calibrated."
+                "noise=0.2,0.5 repeats=3 seed=0 scale=calibrated images=1000."
             )
         if key in values:
             raise ConfigError(f"analog {key} is given twice; write {key}=A,B for several values.")
@@ -239,6 +244,7 @@ def _words(settings: AnalogSettings) -> list[str]:
     return [
         f"{key}={','.join(map(word, value)) if isinstance(value, (list, tuple)) else value}"
         for key, value in to_json(settings).items()
+        if value is not None
     ]
 
 
@@ -264,6 +270,8 @@ def _load(
     recipe = training.read_recipe(folder / RECIPE_FILE)
     datamodule = training.data_module(recipe, data_dir)
     datamodule.setup("test" if settings.scale == "unit" else None)
+    if settings.images is not None:
+        datamodule.measure_on(settings.images)
     # Where a folder lies is nobody's business.
     called = recipe.name or recipe.weight or Path(name).name if card is None else card.name
     return _Loaded(called, module, datamodule)

@@ -179,7 +179,7 @@ def _parser() -> _Parser:
         metavar="KEY=VALUES",
         help="measure a classifier with quantised, noisy activations and weights instead: "
         "bits=4,6,8 noise=0.2,0.5 repeats=3 seed=0 scale=calibrated; scale=unit needs no training "
-        "images, and cuts values off at 1",
+        "images, and cuts values off at 1; images=1000 measures on so many",
     )
     sub.add_argument(
         "--beside", action="append", metavar="NAME", help="with --analog: another classifier"

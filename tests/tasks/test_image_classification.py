@@ -600,7 +600,7 @@ def test_two_processes_count_each_image_once(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import sys\n"
-        "from tiny_images import registered\n"
+        "from tests.tiny_images import registered\n"
         "from zoo import training\n"
         "if __name__ == '__main__':\n"
         "    with registered():\n"
