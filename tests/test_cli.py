@@ -493,13 +493,16 @@ def test_card_with_figures(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.Mon
             ["evaluate", ".", "--record", "--protocol", "blocks"],
             ["--protocol does not go with --record."],
         ),
+        (
+            ["evaluate", "nowhere", "--analog", "bits=4", "--record"],
+            ["nowhere has no results: zoo evaluate nowhere --record"],
+        ),
         *(
             (
                 ["evaluate", NAME, "--analog", "bits=4", *words],
                 [f"{words[0]} does not go with --analog."],
             )
             for words in (
-                ["--record"],
                 ["--protocol", "blocks"],
                 ["--diagnose"],
                 ["--run", "x"],
