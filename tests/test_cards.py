@@ -424,6 +424,7 @@ EXPECTED_CARDS = [
     "online-ensemble.split-cifar100",
     "online-ensemble.split-fashion-mnist",
     "online-ensemble.split-mnist",
+    "sau-shufflenet-v2-x0-5.cifar100",
     "sau-shufflenet-v2-x0-5.fashion-mnist",
 ]
 

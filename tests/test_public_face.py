@@ -136,6 +136,7 @@ BUNDLED = [
     "online-ensemble.split-cifar100",
     "online-ensemble.split-fashion-mnist",
     "online-ensemble.split-mnist",
+    "sau-shufflenet-v2-x0-5.cifar100",
     "sau-shufflenet-v2-x0-5.fashion-mnist",
 ]
 

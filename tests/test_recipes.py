@@ -27,7 +27,6 @@ STUDIES = {"dselect-k-recommender.movielens-100k-pairs", "dselect-k-recovery.syn
 """Comparisons that no weight is published of."""
 TO_TRAIN = {
     "dselect-k-moe.multi-fashion-mnist",
-    "sau-shufflenet-v2-x0-5.cifar100",
     "sau-shufflenet-v2-x1.cifar100",
     "sau-shufflenet-v2-x2.cifar100",
 }

@@ -204,7 +204,8 @@ def difference(control: Control, controls: Sequence[Control]) -> str:
         return "-"
     low, high = control.difference_interval
     against = f" against {control.against}" if control.against else ""
-    alike = [c for c in controls if c.result.protocol == control.result.protocol]
+    others = [c for c in controls if c is not control]
+    alike = [c for c in others if c.result.protocol == control.result.protocol]
     other = next((c for c in alike if c.name == (control.against or controls[0].name)), None)
     error = None if other is None else control.seed_error(other)
     seeds = "" if error is None else f"; seeds ±{error:.4f}"
