@@ -170,6 +170,39 @@ def test_loss_curves_of_controls(tmp_path: Path) -> None:
         figures.draw_controls({"model": runs}, "nats", tmp_path / "controls.png")
 
 
+def test_many_controls_of_unlike_length_can_be_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {}
+    for index in range(12):
+        steps = (10, 20) if index else (10, 200)
+        part = tmp_path / str(index) / "logs" / "part_0"
+        part.mkdir(parents=True)
+        losses = "".join(f"{step},3.0,2.0\n" for step in steps)
+        (part / "metrics.csv").write_text("step,train_loss,val_loss\n" + losses)
+        runs[f"arm {index}"] = [tmp_path / str(index)]
+    drawn: list[Any] = []
+    original = figures._figure
+
+    @contextmanager
+    def watched(path: Path, **size: float) -> Iterator[Any]:
+        with original(path, **size) as axes:
+            drawn.append(axes)
+            yield axes
+
+    monkeypatch.setattr(figures, "_figure", watched)
+    figures.draw_controls(runs, "nats", tmp_path / "controls.png")
+    few = dict(list(runs.items())[1:4])
+    figures.draw_controls(few, "nats", tmp_path / "few.png")
+    lines = [line for line in drawn[0].get_lines() if line.get_label().startswith("arm")]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(runs)
+    assert [axes.get_xscale() for axes in drawn] == ["log", "linear"]
+    # Beside the lines and not over them, where there are many.
+    boxes = [axes.get_legend().get_window_extent() for axes in drawn]
+    assert boxes[0].x0 >= drawn[0].get_window_extent().x1 - 1
+    assert boxes[1].x0 < drawn[1].get_window_extent().x1
+
+
 def test_a_stream_is_drawn_class_by_class(tmp_path: Path) -> None:
     curves = {
         "class_accuracy/cat": [(2, 0.9), (4, 0.7)],

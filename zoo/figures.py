@@ -120,6 +120,10 @@ def loss_unit(task: str) -> str:
     return _LOSS.get(task, ("nats", ""))[0]
 
 
+_BESIDE_LINES = 6
+"""Controls that a legend has room for among the lines."""
+
+
 def draw_controls(arms: Mapping[str, Sequence[Path]], unit: str, path: Path) -> Path:
     """Loss curves of controls: the mean over seeds, training as lines, validation as points.
 
@@ -135,9 +139,10 @@ def draw_controls(arms: Mapping[str, Sequence[Path]], unit: str, path: Path) -> 
         ZooError: matplotlib is missing, or a run folder has no metrics.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _figure(path) as axes:
-        tops = []
-        for name, runs in arms.items():
+    many = len(arms) > _BESIDE_LINES
+    with _figure(path, width=9.0 if many else 6.0) as axes:
+        tops, lengths = [], []
+        for index, (name, runs) in enumerate(arms.items()):
             metrics = [read_metrics(run) for run in runs]
             for loss in ("train_loss", "val_loss"):
                 logged = [dict(_series(one, loss)) for one in metrics]
@@ -146,7 +151,10 @@ def draw_controls(arms: Mapping[str, Sequence[Path]], unit: str, path: Path) -> 
                 if loss == "train_loss":
                     label = f"{name}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
                     smooth = _smooth(tuple(means))
-                    (line,) = axes.plot(steps, smooth, label=label)
+                    # Colours come again after ten.
+                    style = "--" if index >= 10 else "-"
+                    (line,) = axes.plot(steps, smooth, style, label=label)
+                    lengths.append(steps[-1])
                     # Smoothed labels, dropout: it may end far above the loss in validation.
                     tops.append(smooth[len(smooth) // 4])
                 else:
@@ -155,7 +163,10 @@ def draw_controls(arms: Mapping[str, Sequence[Path]], unit: str, path: Path) -> 
         axes.set(xlabel="step", ylabel=unit)
         # The first steps fall from far above and would flatten all that follows.
         axes.set_ylim(top=1.2 * max(tops))
-        axes.legend(frameon=False)
+        if max(lengths) > 5 * min(lengths):
+            axes.set_xscale("log")  # else the short ones are too small to see
+        outside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
+        axes.legend(frameon=False, **outside)
     return path
 
 
