@@ -304,10 +304,11 @@ def _measure(
 
 
 def _calibration_images(datamodule: ImageDataModule) -> Tensor:
-    """Normalised training images from all over the set: folders are read class by class."""
+    """Normalised training images from all over the set."""
+    from zoo.data.images import evenly_spread
+
     images = datamodule.train_images
-    count = min(_CALIBRATION_IMAGES, len(images))
-    rows = [index * len(images) // count for index in range(count)]
+    rows = evenly_spread(_CALIBRATION_IMAGES, len(images))
     return datamodule.preprocessing.normalise(images[rows])
 
 

@@ -334,8 +334,7 @@ def _train(recipe: training.Recipe, seed: int, folder: Path, overrides: Sequence
     done = training.fit(_seeded(recipe, seed, overrides), out=folder, resume=True, longer=False)
     measured = {}
     for protocol in done.module.protocols_on(done.datamodule):
-        measurement = done.module.measure(done.datamodule, protocol)
-        evaluation.check_finite(measurement, protocol, f"{folder}: ")
+        measurement = evaluation.measure(done.module, done.datamodule, protocol, f"{folder}: ")
         measured[protocol] = {
             "metric": measurement.metric,
             "unit": measurement.unit,

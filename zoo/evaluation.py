@@ -29,10 +29,10 @@ __all__ = [
     "Outcome",
     "Summary",
     "bootstrap_interval",
-    "check_finite",
     "evaluate",
     "evaluate_module",
     "few_units_interval",
+    "measure",
     "reproduce",
     "summarise",
     "wilson_interval",
@@ -258,17 +258,20 @@ def few_units_interval(
     return ratio - half, ratio + half
 
 
-def check_finite(measurement: Measurement, protocol: str, where: str = "") -> None:
-    """Check that a model did not compute NaN or infinity, which no record can hold.
+def measure(module: ZooModule, datamodule: Any, protocol: str, where: str = "") -> Measurement:
+    """What a module measures by a protocol, which is finite: no record can hold anything else.
 
     Raises:
-        ZooError: it did; begins with `where`.
+        ZooError: the module has no such protocol; or the value is NaN or infinite, in a message
+            that begins with `where`.
     """
+    measurement = module.measure(datamodule, protocol)
     if not math.isfinite(measurement.value):
         raise ZooError(
             f"{where}{protocol}: {measurement.metric} is {measurement.value}. The training has "
             "diverged, or the weights are damaged."
         )
+    return measurement
 
 
 def _interval(measurement: Measurement) -> tuple[tuple[float, float], str]:
@@ -303,8 +306,7 @@ def evaluate_module(
     module.eval()
     outcomes = []
     for protocol in protocols or module.protocols_on(datamodule):
-        measurement = module.measure(datamodule, protocol)
-        check_finite(measurement, protocol)
+        measurement = measure(module, datamodule, protocol)
         interval, method = _interval(measurement)
         outcomes.append(
             Outcome(

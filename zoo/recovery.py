@@ -120,11 +120,12 @@ def _train(recipe: training.Recipe, folder: Path) -> dict[str, float]:
     path = folder / _OUTCOME
     if not path.is_file():
         done = training.fit(recipe, out=folder, resume=True, longer=False)
-        values = {}
-        for protocol in done.module.protocols:
-            measurement = done.module.measure(done.datamodule, protocol)
-            evaluation.check_finite(measurement, protocol, f"{folder}: ")
-            values[protocol] = measurement.value
+        values = {
+            protocol: evaluation.measure(
+                done.module, done.datamodule, protocol, f"{folder}: "
+            ).value
+            for protocol in done.module.protocols
+        }
         write_json(path, {**values, "wall_minutes": done.wall_minutes})
     stored: dict[str, float] = read_json(path)
     return stored

@@ -44,6 +44,7 @@ __all__ = [
     "ImagePreprocessing",
     "ImageSplit",
     "augment_batch",
+    "evenly_spread",
     "picture_pixels",
     "read_cifar_pickle",
     "read_idx",
@@ -892,8 +893,7 @@ class ImageDataModule(pl.LightningDataModule):
             count: how many, at least 1; all of them, where they are fewer.
         """
         images, labels = self._test
-        count = min(count, len(labels))
-        rows = [index * len(labels) // count for index in range(count)]
+        rows = evenly_spread(count, len(labels))
         self.__dict__["_test"] = ImageSplit(images[rows], labels[rows])
 
     @functools.cached_property
@@ -1023,6 +1023,13 @@ def _loader(
     # A loader draws a number whenever it is started. From the global source that would shift the
     # dropout of a resumed run, which starts its loaders at other moments.
     return DataLoader(batches, sampler=sampler, batch_size=None, generator=torch.Generator())
+
+
+def evenly_spread(count: int, total: int) -> list[int]:
+    """So many of `total` positions from first to last, as evenly as can be; all, where they are
+    fewer. Of a folder, which is read class by class, they are of all classes."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
 
 
 def _set_apart(
