@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -412,6 +413,19 @@ def test_another_seed_gives_other_weights(
 ) -> None:
     other = fit(done.folder / "recipe.yaml", [override], out=tmp_path / "other")
     assert weights(other.checkpoint) != weights(done.checkpoint)
+
+
+def test_lightning_advertises_nothing(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addHandler(caplog.handler)  # whether or not it passes its lines on
+    try:
+        fit(recipe, ["trainer.max_steps=1"], out=tmp_path / "run")
+    finally:
+        log.removeHandler(caplog.handler)
+    assert "GPU available" in caplog.text
+    assert "litlogger" not in caplog.text
 
 
 def test_the_run_folder_has_a_default(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -754,6 +755,12 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's log is more than a tip to install a service."""
+    return "Tip:" not in record.getMessage()
 
 
 def _resolved(cli: Any, recipe: Recipe) -> dict[str, Any]:
