@@ -39,10 +39,21 @@ def test_every_gate_is_trained_for_every_number_of_tasks_and_kept(tmp_path: Path
     assert again == arms
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     words = ["--tasks", 2, 3, "--seeds", 1, 2, "--out", tmp_path, "--figure", tmp_path / "x.png"]
-    said = run("recovery", *overrides, *words)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- zoo:recovery -->\n<!-- /zoo:recovery -->\nafter\n")
+    said = run("recovery", *overrides, *words, "--readme", readme)
     assert said.status == 0
     assert len(said.out.splitlines()) == 1 + 12
     stored = json.loads((tmp_path / "recovery.json").read_text())
+    assert stored["command"] == " ".join(["zoo recovery", *overrides, "--tasks 2 3 --seeds 1 2"]), (
+        "what is said to make it does"
+    )
+    home = tmp_path / "model_cards" / "recovery"
+    assert json.loads((home / "recovery.json").read_text()) == stored
+    assert (home / "recovery.png").read_bytes()[:4] == b"\x89PNG"
+    before, _, *table, _, after = readme.read_text().splitlines()
+    assert (before, after) == ("before", "after")
+    assert table == recovery.markdown(stored).splitlines()
     assert len(stored["arms"]) == 12
     assert len(stored["dselect_k_less_top_k"]) == 2 * len(recovery.MEASURES)
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
@@ -84,6 +95,32 @@ def test_differences_are_paired_over_seeds() -> None:
     found = recovery.differences(arms)
     assert [d.measure for d in found] == list(recovery.MEASURES)
     assert all(d.difference == Summary(mean=0.5, interval=(0.5, 0.5)) for d in found)
+
+
+def test_the_table_has_each_gate_and_what_dselect_k_gains(tmp_path: Path) -> None:
+    arms = [
+        arm("Top-k", 8, (2.0, 4.0)),
+        arm("DSelect-k", 8, (1.0, 2.0)),
+        arm("Top-k", 2, (3.0, 3.0)),
+    ]
+    recovery.write(arms, tmp_path / "x.json", "zoo recovery --tasks 8 2 --seeds 0 1")
+    header, _, *lines = recovery.markdown(json.loads((tmp_path / "x.json").read_text())).split("\n")
+    assert header == ("| tasks | gate | squared error | Jaccard index | active experts | minutes |")
+    # Student's quantile of one degree of freedom is 12.7062; half the interval is that times .5.
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| 2", "Top-k", "3.0000 (3.0000 to 3.0000)"],
+        ["| 8", "Top-k", "3.0000 (-9.7062 to 15.7062)"],
+        ["| 8", "DSelect-k", "1.5000 (-4.8531 to 7.8531)"],
+        ["| 8", "DSelect-k less Top-k", "-1.5000 (-7.8531 to +4.8531)"],
+    ]
+
+
+def test_a_readme_without_markers_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("nothing\n")
+    recovery.write([arm("Top-k", 2, (1.0,))], tmp_path / "x.json")
+    with pytest.raises(ConfigError, match="expected <!-- zoo:recovery -->"):
+        recovery.update_readme(tmp_path / "README.md", tmp_path / "x.json")
+    assert not (tmp_path / "model_cards").exists()
 
 
 def test_the_figure_has_a_panel_for_each_measure(

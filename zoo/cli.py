@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -252,6 +252,11 @@ def _parser() -> _Parser:
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     sub.add_argument("--out", default="runs/recovery", help="folder of the runs")
     sub.add_argument("--figure", metavar="FILE", help="draw error and recovery into this file")
+    sub.add_argument(
+        "--readme",
+        metavar="FILE",
+        help="keep the outcome beside this README, in model_cards, and write its table",
+    )
 
     sub = command("memory", _memory, "what is kept for the backward pass, by what is trained")
     sub.add_argument("names", nargs="*", metavar="NAME", help="networks of the table (all)")
@@ -857,6 +862,14 @@ def _controls(options: argparse.Namespace) -> int:
     return OK
 
 
+def _command(verb: str, given: Mapping[str, Sequence[int] | None], *arguments: str) -> list[str]:
+    """The words that a command was given, less what was left out."""
+    words = ["zoo", verb, *arguments]
+    for option, values in given.items():
+        words += [] if values is None else [f"--{option}", *map(str, values)]
+    return words
+
+
 def _recovery(options: argparse.Namespace) -> int:
     from zoo import recovery
 
@@ -864,19 +877,23 @@ def _recovery(options: argparse.Namespace) -> int:
         arms = recovery.run(
             options.tasks, seeds=options.seeds, out=options.out, overrides=options.overrides
         )
-    recovery.write(arms, Path(options.out) / "recovery.json")
+    given = {
+        "tasks": options.tasks if options.tasks != [8, 32, 128] else None,
+        "seeds": options.seeds if options.seeds != [1, 2, 3, 4, 5] else None,
+    }
+    command = " ".join(_command("recovery", given, *options.overrides))
+    path = Path(options.out) / "recovery.json"
+    recovery.write(arms, path, command)
     if options.figure:
         recovery.draw(arms, options.figure)
+    if options.readme:
+        recovery.update_readme(Path(options.readme), path)
     if options.json:
         from zoo.configs import to_json
 
         _print_json([to_json(arm) for arm in arms])
         return OK
-    rows = []
-    for arm in arms:
-        cells = [f"{arm.summary(measure):.4f}" for measure in recovery.MEASURES]
-        rows.append([arm.gate, f"{arm.tasks}", *cells])
-    _table(["gate", "tasks", "error", "Jaccard", "active experts", "minutes"], rows)
+    _table(recovery.HEADER, recovery.rows(arms))
     return OK
 
 
@@ -921,10 +938,8 @@ def _transfer(options: argparse.Namespace) -> int:
         "seeds": options.seeds if options.seeds != [1, 2, 3] else None,
         "steps": None if options.steps is None else [options.steps],
     }
-    command = ["zoo", "transfer", options.name]
-    for option, values in given.items():
-        command += [] if values is None else [f"--{option}", *map(str, values)]
-    transfer.write(options.name, points, out, options.base, " ".join(command))
+    command = " ".join(_command("transfer", given, options.name))
+    transfer.write(options.name, points, out, options.base, command)
     if options.readme:
         transfer.update_readme(Path(options.readme), Path(out))
     if options.json:

@@ -8,15 +8,19 @@ kept, so the command can be interrupted and repeated.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from zoo import controls, evaluation, training
+from zoo import _card_tables, controls, evaluation, training
+from zoo.configs import build
 from zoo.errors import ConfigError, ZooError
 from zoo.evaluation import Summary, summarise
 from zoo.files import read_json, write_json
 from zoo.progress import track
+from zoo.provenance import versions
 
 __all__ = [
     "NAME",
@@ -24,7 +28,10 @@ __all__ = [
     "Difference",
     "differences",
     "draw",
+    "markdown",
+    "rows",
     "run",
+    "update_readme",
     "write",
 ]
 
@@ -131,11 +138,20 @@ def _train(recipe: training.Recipe, folder: Path) -> dict[str, float]:
     return stored
 
 
-def write(arms: Sequence[Arm], path: str | os.PathLike[str]) -> None:
-    """Keep all values, and DSelect-k less Top-k paired over seeds, as JSON."""
+def write(arms: Sequence[Arm], path: str | os.PathLike[str], command: str = "zoo recovery") -> None:
+    """Keep all values, and DSelect-k less Top-k paired over seeds, as JSON.
+
+    Args:
+        arms: what `run` returned.
+        path: of the file.
+        command: that made them.
+    """
     write_json(
         Path(path),
         {
+            "command": command,
+            "date": datetime.date.today().isoformat(),
+            "versions": versions(),
             "arms": [dataclasses.asdict(arm) for arm in arms],
             "dselect_k_less_top_k": [dataclasses.asdict(d) for d in differences(arms)],
         },
@@ -173,6 +189,45 @@ def differences(arms: Sequence[Arm]) -> list[Difference]:
         if arm.gate == "DSelect-k" and ("Top-k", arm.tasks) in by_key
         for measure in MEASURES
     ]
+
+
+HEADER = ("tasks", "gate", "squared error", "Jaccard index", "active experts", "minutes")
+
+
+def rows(arms: Sequence[Arm]) -> list[list[str]]:
+    """One row for each gate and number of tasks; intervals are of 95 %, over seeds."""
+    return [
+        [f"{arm.tasks}", arm.gate, *(f"{arm.summary(measure):.4f}" for measure in MEASURES)]
+        for arm in sorted(arms, key=lambda arm: arm.tasks)  # gates stay in their order
+    ]
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """What `write` keeps as tables: all gates, and DSelect-k against Top-k."""
+    arms = [build(Arm, arm, "recovery") for arm in record["arms"]]
+    against: dict[int, list[str]] = {}
+    for found in differences(arms):
+        against.setdefault(found.tasks, []).append(f"{found.difference:+.4f}")
+    less = [[f"{tasks}", "DSelect-k less Top-k", *cells] for tasks, cells in against.items()]
+    return _card_tables.table(HEADER, [*rows(arms), *sorted(less, key=lambda row: int(row[0]))])
+
+
+def update_readme(readme: Path, path: Path) -> None:
+    """Keep what `write` wrote, its figure, and its table between `zoo:recovery` in a README.
+
+    Args:
+        readme: record and figure are kept beside it, in `model_cards/recovery`.
+        path: of the file that `write` wrote.
+
+    Raises:
+        ConfigError: the README lacks the markers; nothing is kept then.
+        ZooError: matplotlib is missing.
+    """
+    home, record = readme.parent / "model_cards" / "recovery", read_json(path)
+    _card_tables.fill_file(readme, "recovery", markdown(record))
+    home.mkdir(parents=True, exist_ok=True)
+    draw([build(Arm, arm, "recovery") for arm in record["arms"]], home / "recovery.png")
+    write_json(home / "recovery.json", record)
 
 
 def draw(arms: Sequence[Arm], path: str | os.PathLike[str]) -> Path:
