@@ -19,6 +19,7 @@ from zoo import _card_tables, analog, cards, evaluation, figures, training
 from zoo.analog import AnalogSettings, parse_settings
 from zoo.data import images
 from zoo.data.images import ImageDataModule
+from zoo.data.pictures import ImageSplit
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.sau_shufflenet.analog import AnalogConfig, to_analog
 
@@ -78,14 +79,14 @@ def test_calibration_sees_all_classes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_scale_unit_reads_no_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = images._read_known
+    read = images.read_known
 
     def only_some(name: str, part: Any, data_dir: Any) -> images.ImageSplit:
         if part == "train":
             raise DataError("there are no training images")
-        return images.ImageSplit(*(tensor[:100] for tensor in read(name, part, data_dir)))
+        return ImageSplit(*(tensor[:100] for tensor in read(name, part, data_dir)))
 
-    monkeypatch.setattr(images, "_read_known", only_some)
+    monkeypatch.setattr(images, "read_known", only_some)
     weight = "sau-shufflenet-v2-x0-5.fashion-mnist"
     settings = AnalogSettings(bits=(12.0,), noise=(0.0,), repeats=1, scale="unit")
     found = analog.sweep(weight, settings)

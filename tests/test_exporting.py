@@ -16,7 +16,7 @@ from tests.test_models import REGISTERED, shrunk
 from tests.tiny import run as run_command
 from tests.tiny_images import CLASSES, SIZE, TinyClassifier
 from zoo import cards, checkpoints, exporting, hub
-from zoo.data.images import ImagePreprocessing
+from zoo.data.pictures import ImagePreprocessing
 from zoo.errors import ConfigError, UnknownNameError, ZooError
 from zoo.exporting import FORMATS, ExportFormat
 from zoo.families.online_ensemble import (

@@ -18,7 +18,7 @@ from tests.hub import published
 from tests.tiny import run
 from zoo import checkpoints, transfer
 from zoo.cards import shipped_folder
-from zoo.data.images import ImageSplit
+from zoo.data.pictures import ImageSplit
 from zoo.data.ratings import read_ratings_csv
 from zoo.errors import ConfigError, DataError, UnknownNameError
 from zoo.evaluation import Summary
@@ -45,7 +45,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = {"fashion-mnist": (1, 28, 10), "cifar100-coarse": (3, 32, 20)}[name]
         return shades(60 if part == "train" else 40, *sizes)
 
-    monkeypatch.setattr("zoo.data.images._read_known", read)
+    monkeypatch.setattr("zoo.data.images.read_known", read)
 
 
 def untrained(name: str, folder: Path) -> Path:

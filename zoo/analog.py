@@ -305,7 +305,7 @@ def _measure(
 
 def _calibration_images(datamodule: ImageDataModule) -> Tensor:
     """Normalised training images from all over the set."""
-    from zoo.data.images import evenly_spread
+    from zoo.data.sampling import evenly_spread
 
     images = datamodule.train_images
     rows = evenly_spread(_CALIBRATION_IMAGES, len(images))

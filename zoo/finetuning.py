@@ -340,7 +340,7 @@ def detect(path: str | os.PathLike[str]) -> str:
     Raises:
         DataError: there is nothing, or nothing that is known.
     """
-    from zoo.data.images import IMAGE_SUFFIXES  # here, since it imports torch
+    from zoo.data.pictures import IMAGE_SUFFIXES  # here, since it imports torch
 
     path = Path(path).expanduser()
     kinds = "; ".join(_KINDS.values())
@@ -388,7 +388,7 @@ def _described(
 
 def _digest_of_data(recipe: training.Recipe) -> str | None:
     """SHA-256 of the user's own data; None for those of the zoo, which never change."""
-    from zoo.data.images import IMAGE_SUFFIXES  # here, since it imports torch
+    from zoo.data.pictures import IMAGE_SUFFIXES  # here, since it imports torch
 
     path = recipe.options["data"].get("path")
     return files.digest(Path(path).expanduser(), IMAGE_SUFFIXES) if path else None

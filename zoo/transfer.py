@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from zoo import _card_tables, cards, checkpoints, evaluation, files, finetuning, hub, training
 from zoo.configs import build
-from zoo.data.images import ImageDataModule, ImageSplit
+from zoo.data.images import ImageDataModule
+from zoo.data.pictures import ImageSplit
 from zoo.data.ratings import Ratings, RatingsDataModule, read_ratings_csv
 from zoo.data.sources import data_dirs
 from zoo.errors import ConfigError, DataError, UnknownNameError, nearest

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.benchmarks._harness import Comparison, race, repeated
-from zoo.data.images import AugmentConfig, ImageBatch, ImageDataModule, ImageSplit
+from zoo.data.augmentation import AugmentConfig, ImageBatch
+from zoo.data.images import ImageDataModule
+from zoo.data.pictures import ImageSplit
 from zoo.families.sau_shufflenet import SAU, Activation, ShuffleNetConfig, ShuffleNetV2
 
 ROUNDS = 15

@@ -1,4 +1,4 @@
-"""Tests of zoo.data.images: readers against other readers, augmentation against all it may do."""
+"""Tests of image data: readers against other readers, augmentation against all it may do."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from torch import Tensor
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 from tests.tiny_images import CLASSES, SIZE, make_images, write_folder
-from zoo.data import images, sources
-from zoo.data.images import (
-    IMAGE_SETS,
-    AugmentConfig,
-    ImageDataModule,
+from zoo.data import augmentation, image_sets, images, pictures, sources
+from zoo.data.augmentation import AugmentConfig, augment_batch
+from zoo.data.image_sets import IMAGE_SETS
+from zoo.data.images import ImageDataModule
+from zoo.data.pictures import (
     ImagePreprocessing,
     ImageSplit,
-    augment_batch,
     read_idx,
     read_image,
     read_image_folder,
@@ -179,8 +178,8 @@ def test_parquet_that_cannot_be_read(tmp_path: Path) -> None:
         ([good, other], "has pictures of 2 sizes"),
         ([], "has no pictures"),
     ]
-    for pictures, message in cases:
-        path = write_parquet(tmp_path / "a.parquet", pictures, [0] * len(pictures))
+    for drawn, message in cases:
+        path = write_parquet(tmp_path / "a.parquet", drawn, [0] * len(drawn))
         with pytest.raises(DataError, match=message):
             read_parquet_images(path)
     with pytest.raises(DataError, match=r"no column 'fine_labels'\. Did you mean 'fine_label'\?"):
@@ -228,7 +227,7 @@ def python_2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
 def test_a_file_of_the_official_archive(write: Callable[..., bytes]) -> None:
     pixels = pixels_of(3)
     content = write(pixels, [7, 0, 99])
-    split = images.read_cifar_pickle(io.BytesIO(content), "train")
+    split = pictures.read_cifar_pickle(io.BytesIO(content), "train")
     assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), pixels)
     assert split.labels.tolist() == [7, 0, 99]
 
@@ -245,7 +244,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
         pickle.dumps(np.load, protocol=2),
     ):
         with pytest.raises(DataError, match="train is no file of CIFAR-100: it asks for"):
-            images.read_cifar_pickle(io.BytesIO(content), "train")
+            pictures.read_cifar_pickle(io.BytesIO(content), "train")
     assert not target.exists()
 
 
@@ -254,7 +253,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
 )
 def test_what_is_no_file_of_cifar(content: bytes) -> None:
     with pytest.raises(DataError, match=r"^train is no file of CIFAR-100"):
-        images.read_cifar_pickle(io.BytesIO(content), "train")
+        pictures.read_cifar_pickle(io.BytesIO(content), "train")
 
 
 # --- CIFAR-100 in three layouts -------------------------------------------------------------------
@@ -269,7 +268,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, 
         for image, label in zip(pixels, labels, strict=True)
     ]
     digest = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()
-    monkeypatch.setitem(images._CIFAR100_DIGESTS, "test", digest)
+    monkeypatch.setitem(image_sets._CIFAR100_DIGESTS, "test", digest)
     monkeypatch.setenv("ZOO_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("ZOO_DATA_DIR", raising=False)
     order = np.argsort(keys)
@@ -318,7 +317,7 @@ def test_cifar_is_the_same_from_any_layout(
     assert data.test_labels.tolist() == cifar[1]
     coarse = ImageDataModule("cifar100-coarse", data_dir=str(tmp_path / "data"))
     coarse.setup("test")
-    assert coarse.test_labels.tolist() == [images.CIFAR100_COARSE[n] for n in cifar[1]]
+    assert coarse.test_labels.tolist() == [image_sets.CIFAR100_COARSE[n] for n in cifar[1]]
 
 
 def test_cifar_is_decoded_once(
@@ -327,7 +326,7 @@ def test_cifar_is_decoded_once(
     lay_out(tmp_path / "data", "parquet", monkeypatch)
     ImageDataModule("cifar100", data_dir=str(tmp_path / "data")).setup("test")
     (cached,) = (tmp_path / "cache").rglob("*.safetensors")
-    monkeypatch.setattr(images, "_decode_cifar100", None)
+    monkeypatch.setattr(image_sets, "_decode_cifar100", None)
     data = ImageDataModule("cifar100")
     data.setup("test")
     assert data.test_labels.tolist() == cifar[1]
@@ -384,12 +383,12 @@ def test_names_of_sets() -> None:
         "cifar100": 100,
         "cifar100-coarse": 20,
     }
-    counts = np.bincount(images.CIFAR100_COARSE)
+    counts = np.bincount(image_sets.CIFAR100_COARSE)
     assert counts.tolist() == [5] * 20
     fine, coarse = (IMAGE_SETS[n].classes for n in ("cifar100", "cifar100-coarse"))
     assert list(fine) == sorted(fine)
     assert list(coarse) == sorted(coarse)
-    group = {f: coarse[images.CIFAR100_COARSE[i]] for i, f in enumerate(fine)}
+    group = {f: coarse[image_sets.CIFAR100_COARSE[i]] for i, f in enumerate(fine)}
     assert (group["shark"], group["oak_tree"], group["tank"]) == ("fish", "trees", "vehicles_2")
 
 
@@ -538,7 +537,7 @@ def test_less_common_names_of_pictures(tmp_path: Path, suffix: str, kind: str) -
 def test_every_suffix_is_one_that_pillow_opens() -> None:
     Image.init()
     opened = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-    assert images.IMAGE_SUFFIXES - {".avif"} <= opened  # which some builds lack
+    assert pictures.IMAGE_SUFFIXES - {".avif"} <= opened  # which some builds lack
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -565,7 +564,7 @@ def test_what_is_transparent_is_seen_on_white(tmp_path: Path, mode: str, channel
         picture.paste(0 if mode != "RGB" else (0, 0, 0), (2, 0, 4, 2))
         picture.save(tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
     if mode == "PA":
-        found = images.picture_pixels(picture, "here", channels)
+        found = pictures.picture_pixels(picture, "here", channels)
     else:
         found = read_image(tmp_path / "a.png", channels).permute(1, 2, 0).numpy()
     expected = np.full((2, 4, channels), 255)
@@ -576,7 +575,7 @@ def test_what_is_transparent_is_seen_on_white(tmp_path: Path, mode: str, channel
 @pytest.mark.parametrize("channels", [1, 3])
 def test_colours_by_lightness_are_converted(channels: int) -> None:
     white = Image.new("LAB", (3, 2), (255, 128, 128))
-    assert images.picture_pixels(white, "here", channels).min() >= 254
+    assert pictures.picture_pixels(white, "here", channels).min() >= 254
 
 
 def test_half_transparent_colours_are_mixed_with_white(tmp_path: Path) -> None:
@@ -703,7 +702,7 @@ def data_of(split: ImageSplit, **options: Any) -> ImageDataModule:
     """A data module over images in memory, the test set being the same."""
     data = ImageDataModule("cifar100", **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "_read_known", lambda name, part, data_dir: split)
+        patch.setattr(images, "read_known", lambda name, part, data_dir: split)
         data.setup()
     return data
 
@@ -827,7 +826,7 @@ def test_processes_evaluate_each_image_once_in_as_many_batches(
 
 def augmented(
     split: ImageSplit, config: AugmentConfig, part: slice = slice(None), seed: int = 0
-) -> images.ImageBatch:
+) -> augmentation.ImageBatch:
     rows = torch.arange(len(split.labels))
     return augment_batch(*split, rows, config, PLAIN, np.random.default_rng(seed), part)
 
@@ -907,7 +906,7 @@ def test_an_image_is_turned_about_its_centre(size: tuple[int, int]) -> None:
     for degrees, quarters in turns.items():
         drawn = np.zeros((4, 3))
         drawn[0] = degrees / 180
-        maps = images._affine_maps(drawn, AugmentConfig(rotation=180.0), size[0] / size[1])
+        maps = augmentation._affine_maps(drawn, AugmentConfig(rotation=180.0), size[0] / size[1])
         grid = torch.nn.functional.affine_grid(maps, list(split.images.shape), align_corners=False)
         found = torch.nn.functional.grid_sample(split.images.float(), grid, align_corners=False)
         expected = torch.rot90(split.images.float(), quarters, (2, 3))
@@ -922,7 +921,7 @@ def test_scale_and_shear_move_pixels_as_far_as_they_say() -> None:
     cosine, sine = np.cos(np.deg2rad(15.0)), np.sin(np.deg2rad(15.0))
     turn, shear = np.array([[cosine, -sine], [sine, cosine]]), np.array([[1.0, 0.4], [0.0, 1.0]])
     pixels = np.diag([1.25, 0.5]) @ turn @ shear
-    (found,) = images._affine_maps(drawn, config, height / width)
+    (found,) = augmentation._affine_maps(drawn, config, height / width)
     unit = np.diag([width / 2, height / 2])  # from places -1 to 1 to pixels
     np.testing.assert_allclose(unit @ found[:, :2].numpy() @ np.linalg.inv(unit), pixels, rtol=1e-5)
     assert not found[:, 2].any()

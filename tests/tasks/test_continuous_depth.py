@@ -17,8 +17,9 @@ import zoo
 from tests import tiny
 from tests.tiny_images import CLASSES, SIZE, write_folder
 from zoo import _card_tables, cards, checkpoints, training
+from zoo.data.augmentation import ImageBatch
 from zoo.data.densities import DENSITIES, DensityDataModule
-from zoo.data.images import ImageBatch, ImagePreprocessing
+from zoo.data.pictures import ImagePreprocessing
 from zoo.data.spirals import SPACING, WINDOW, SpiralDataModule
 from zoo.errors import ConfigError, DataError, SolverError, UnknownNameError, ZooError
 from zoo.families.continuous_depth import ODEResNetConfig, SolverConfig

@@ -33,7 +33,9 @@ from tests.tiny_images import (
     write_recipe,
 )
 from zoo import cards, checkpoints, controls, evaluation, figures, hub, training
-from zoo.data.images import ImageBatch, ImageDataModule, ImagePreprocessing
+from zoo.data.augmentation import ImageBatch
+from zoo.data.images import ImageDataModule
+from zoo.data.pictures import ImagePreprocessing
 from zoo.errors import CheckpointError, ConfigError, DataError, ZooError
 from zoo.evaluation import wilson_interval
 from zoo.tasks.base import count_macs

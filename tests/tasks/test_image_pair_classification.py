@@ -15,7 +15,7 @@ import yaml
 from tests.pairs import HELD_OUT, PICTURES, write_pictures
 from zoo import checkpoints, evaluation, training
 from zoo.data.image_pairs import compose
-from zoo.data.images import ImagePreprocessing
+from zoo.data.pictures import ImagePreprocessing
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.dselect_k import ImagePairConfig
 from zoo.figures import read_metrics

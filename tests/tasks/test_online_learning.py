@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zoo import checkpoints, training
 from zoo.configs import to_json
-from zoo.data.images import ImagePreprocessing
+from zoo.data.pictures import ImagePreprocessing
 from zoo.data.streams import StreamConfig, StreamDataModule
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.online_ensemble import (

@@ -488,7 +488,8 @@ def test_users_and_items_that_the_base_knows_can_be_frozen(rated: Path, tmp_path
 
 
 def test_a_data_module(base: Path, four: Path, done: Any, tmp_path: Path) -> None:
-    from zoo.data.images import AugmentConfig, ImageDataModule
+    from zoo.data.augmentation import AugmentConfig
+    from zoo.data.images import ImageDataModule
 
     data = ImageDataModule(
         path=str(four), size=SIZE, batch_size=8, augment=AugmentConfig(flip=True)

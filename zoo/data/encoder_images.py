@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.data.images import (
-    AugmentConfig,
-    ImageDataModule,
-    ImagePreprocessing,
-    ImageSplit,
-)
+from zoo.data.augmentation import AugmentConfig
+from zoo.data.images import ImageDataModule
+from zoo.data.pictures import ImagePreprocessing, ImageSplit
 from zoo.data.sources import locate
 from zoo.errors import DataError
 

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.images import (
-    ImageDataModule,
-    ImagePreprocessing,
-    ImageSplit,
-    ShuffledBatches,
-)
+from zoo.data.images import ImageDataModule
+from zoo.data.pictures import ImagePreprocessing, ImageSplit
+from zoo.data.sampling import ShuffledBatches
 from zoo.errors import DataError, UnknownNameError, nearest
 
 __all__ = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from zoo.data.images import ShuffledBatches
+from zoo.data.sampling import ShuffledBatches
 
 __all__ = ["SPACING", "WINDOW", "SpiralDataModule", "SpiralSet", "make_spirals"]
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import multiclass_stat_scores
 
-from zoo.data.images import ImageDataModule, ImagePreprocessing
+from zoo.data.images import ImageDataModule
+from zoo.data.pictures import ImagePreprocessing
 from zoo.data.sources import cache_dir
 from zoo.errors import DataError
 from zoo.files import partial_path

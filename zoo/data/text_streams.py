@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from zoo.data.images import set_apart
+from zoo.data.sampling import set_apart
 from zoo.data.streams import Stream, StreamConfig, make_stream, stream_loader
 from zoo.data.tables import ordered_names, read_table, read_utf8
 from zoo.errors import DataError, ZooError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.configs import to_json
-from zoo.data.images import ImageBatch, ImageDataModule
+from zoo.data.augmentation import ImageBatch
+from zoo.data.images import ImageDataModule
 from zoo.errors import ConfigError, SolverError
 from zoo.families.continuous_depth import (
     ADAPTIVE_METHODS,

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from zoo.data.augmentation import ImageBatch
 from zoo.data.encoder_images import EncoderImages
-from zoo.data.images import ImageBatch, ImagePreprocessing
+from zoo.data.pictures import ImagePreprocessing
 from zoo.errors import ZooError
 from zoo.families.online_ensemble import EncoderNetwork, EncoderNetworkConfig
 from zoo.tasks.base import Exportable, Measurement, ZooModule, count_macs

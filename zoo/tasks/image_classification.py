@@ -17,14 +17,9 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.configs import build
-from zoo.data.images import (
-    ImageBatch,
-    ImageDataModule,
-    ImagePreprocessing,
-    picture_pixels,
-    read_image,
-    resize,
-)
+from zoo.data.augmentation import ImageBatch
+from zoo.data.images import ImageDataModule
+from zoo.data.pictures import ImagePreprocessing, picture_pixels, read_image, resize
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.progress import track
 from zoo.tasks.base import Exportable, Measurement, ZooModule, check_count, count_macs, finite

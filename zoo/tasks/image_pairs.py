@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from zoo.data.image_pairs import ImagePairDataModule, PairBatch
-from zoo.data.images import ImagePreprocessing
+from zoo.data.pictures import ImagePreprocessing
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.dselect_k import ImagePairConfig, ImagePairNet
 from zoo.progress import track

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.cards import pretrained_folder
 from zoo.configs import build, to_json
-from zoo.data.images import ImagePreprocessing
+from zoo.data.pictures import ImagePreprocessing
 from zoo.data.streams import StreamBatch, StreamDataModule, StreamRecord, cached_encodings
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.online_ensemble import (
