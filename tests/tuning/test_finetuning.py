@@ -41,6 +41,7 @@ from zoo.tuning import memory
 from zoo.tuning.config import FineTuning
 from zoo.tuning.freezing import freeze
 from zoo.tuning.lora import load_lora, lora_layers
+from zoo.tuning.memory.convolutions import SavingConv2d
 
 QUICK: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "progress_bar": False}
 IMAGES: dict[str, Any] = {**QUICK, "epochs": 3, "lr": 0.05, "overrides": ["data.batch_size=8"]}
@@ -295,7 +296,7 @@ def test_memory_is_plain_again_after_an_error(
 
     def stop(self: Any, batch: Any, index: int) -> None:
         seen.append(self.network)
-        assert type(self.network.conv) is memory.SavingConv2d
+        assert type(self.network.conv) is SavingConv2d
         raise ZooError("Enough.")
 
     monkeypatch.setattr("tests.tiny_images.TinyClassifier.training_step", stop)

@@ -23,12 +23,12 @@ from zoo.families.sau_shufflenet import SAU, ShuffleNetConfig, ShuffleNetV2
 from zoo.memory_table import apply_policy
 from zoo.tuning.lora import add_lora
 from zoo.tuning.memory import (
-    SavingConv2d,
     checkpoint_blocks,
     graph_bytes,
     restore_memory,
     save_memory,
 )
+from zoo.tuning.memory.convolutions import SavingConv2d
 
 
 def shufflenet(activation: Any = "relu") -> ShuffleNetV2:

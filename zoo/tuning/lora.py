@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from zoo.errors import CheckpointError, ConfigError, nearest
 from zoo.files import write_bytes
 from zoo.tuning.freezing import freeze
-from zoo.tuning.memory import convolution
+from zoo.tuning.memory.convolutions import convolution
 
 __all__ = [
     "Variant",
