@@ -52,7 +52,8 @@ def test_settings_from_words() -> None:
         ("bits=", "analog bits takes numbers"),
         ("repeats=0", "repeats must be at least 1, got 0"),
         ("images=0", "images must be at least 1, got 0"),
-        ("seed=-1", "seed must not be negative, got -1"),
+        ("seed=-1", r"seed must be from 0 to about 2\^63, got -1"),
+        (f"seed={2**63 - 3}", "seed must be from 0 to"),  # of the third draw it is too large
         ("bits=4,6,4", "analog bits has 4 more than once"),
         ("noise=0.5 noise=0.2", "analog noise is given twice; write noise=A,B for several"),
         ("seed=1 seed=1", "analog seed is given twice"),

@@ -447,6 +447,14 @@ def test_one_protocol_alone(folder: Path) -> None:
         evaluation.evaluate(folder, protocols=["blokcs"])
 
 
+def test_a_model_without_diagnostics_is_not_measured_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "evaluate_module", None)
+    with pytest.raises(ZooError, match=r"^CachedTransformerLM\w* has no diagnostics\.$"):
+        evaluation.evaluate(folder, diagnose=True)
+
+
 def test_a_folder_without_results_is_not_recorded(run: training.Run) -> None:
     assert not (run.checkpoint / RESULTS_FILE).exists()
     assert evaluation.evaluate(run.checkpoint, protocols=["blocks"]).verdict == "not recorded"

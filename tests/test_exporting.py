@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -77,6 +78,23 @@ def test_an_image_classifier_takes_pixels(tmp_path: Path, format: ExportFormat) 
     (found,) = exporting.run(done.path, format, {"images": images})
     with torch.no_grad():
         expected = module.network(preprocessing.normalise(images))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_module_in_another_precision_is_exported_in_float32(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    preprocessing = ImagePreprocessing(
+        size=SIZE, channels=3, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7), classes=CLASSES
+    )
+    module = TinyClassifier(preprocessing=preprocessing).to(dtype).eval()
+    done = exporting.export_module(module, tmp_path / "x", "torch-export")
+    assert {p.dtype for p in module.parameters()} == {dtype}, "it stays what it was"
+    images = torch.rand(5, 3, *SIZE)
+    (found,) = exporting.run(done.path, "torch-export", {"images": images})
+    with torch.no_grad():
+        expected = copy.deepcopy(module).float().network(preprocessing.normalise(images))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

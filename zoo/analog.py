@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _CALIBRATION_IMAGES = 500
+_LARGEST_SEED = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,8 @@ class AnalogSettings:
                 raise ConfigError(f"analog {name} has {twice:g} more than once")
         if self.repeats < 1:
             raise ConfigError(f"analog repeats must be at least 1, got {self.repeats}")
-        if self.seed < 0:
-            raise ConfigError(f"analog seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed <= _LARGEST_SEED - self.repeats:
+            raise ConfigError(f"analog seed must be from 0 to about 2^63, got {self.seed}")
         if self.scale not in get_args(Scale):
             raise ConfigError(
                 f"analog scale must be one of {', '.join(get_args(Scale))}, got {self.scale}"

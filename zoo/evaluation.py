@@ -347,6 +347,8 @@ def evaluate(
     module = checkpoints.load(folder, files=None if card is None else card.files)
     recipe = _recipe(folder)
     datamodule = training.data_module(recipe, data_dir)
+    if diagnose and not module.has_diagnostics:
+        module.diagnose(datamodule)  # says that there are none, before anything is measured
     outcomes = evaluate_module(module, datamodule, protocols)
     recorded = _recorded(folder, card)
     compared = tuple(_compare(outcome, recorded) for outcome in outcomes)

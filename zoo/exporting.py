@@ -6,6 +6,7 @@ language model) goes in and out as tensors too.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -85,11 +86,14 @@ def export(
 
 
 def export_module(module: ZooModule, path: Path, format: ExportFormat) -> Export:
-    """As `export`, for a module in memory."""
+    """As `export`, for a module in memory, whose precision and device do not matter."""
     if format == "onnx":
         missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
         if missing:
             raise ZooError(f"ONNX needs {', '.join(missing)}: pip install 'zoo[export]'")
+    parameters = list(module.parameters())
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in parameters):
+        module = copy.deepcopy(module).float().cpu()
     module.eval()
     example = module.exportable(2, torch.Generator().manual_seed(0))
     program = _program(example)

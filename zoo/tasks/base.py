@@ -183,6 +183,11 @@ class ZooModule(pl.LightningModule):
         """Measure the network by one of `protocols`; each sample is counted exactly once."""
         raise NotImplementedError(f"{type(self).__name__} has no evaluation protocol {protocol!r}")
 
+    @property
+    def has_diagnostics(self) -> bool:
+        """Whether `diagnose` is more than an error."""
+        return type(self).diagnose is not ZooModule.diagnose
+
     def diagnose(self, datamodule: pl.LightningDataModule) -> dict[str, Any]:
         """Figures on robustness, as plain JSON, where a family has any; see `zoo evaluate`.
 

@@ -14,6 +14,12 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from torch import Tensor, nn
 
+from zoo.families.continuous_depth.blocks import ODEBlock, TimeVaryingConv2d
+from zoo.families.continuous_depth.image_networks import (
+    ODEResNet,
+    ODEResNetConfig,
+    TimeChannelConv2d,
+)
 from zoo.families.sau_shufflenet import SAU, ShuffleNetConfig, ShuffleNetV2
 from zoo.families.sau_shufflenet.analog import (
     AnalogConfig,
@@ -244,6 +250,57 @@ def test_attention_of_torch_is_refused() -> None:
         with pytest.raises(ValueError, match=rf"^{where} is an nn\.MultiheadAttention") as caught:
             to_analog(model, AnalogConfig(scale="unit"))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(lambda: nn.LSTM(4, 3), "LSTM"), (lambda: nn.Bilinear(4, 4, 3), "Bilinear")],
+)
+def test_layers_that_would_stay_digital_are_refused(
+    make: Callable[[], nn.Module], kind: str
+) -> None:
+    network = nn.Sequential(nn.Linear(4, 4), make())
+    with pytest.raises(ValueError, match=f"^1 is a {kind}, which has a matrix"):
+        to_analog(network, AnalogConfig(scale="unit"))
+    looked_up = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
+    assert isinstance(to_analog(looked_up, AnalogConfig(scale="unit"))[1], AnalogLayer)
+
+
+@pytest.mark.parametrize(
+    ("conv", "operands"),
+    [
+        (TimeVaryingConv2d(2, 3, nodes=2, basis="legendre"), ("weight", "bias")),
+        (TimeChannelConv2d(2, 3), ("weight", "bias", "time_weight")),
+    ],
+)
+@torch.no_grad()
+def test_convolutions_in_time_by_hand(conv: nn.Module, operands: tuple[str, ...]) -> None:
+    """What is stored is quantised; what is computed from it, at a time, is as it was."""
+    x = torch.rand(2, 2, 5, 5) * 2 - 1
+    analog = to_analog(conv, AnalogConfig(bits=3, scale="unit", outputs=False))
+    assert {name for name, _ in conv.named_parameters()} == set(operands)
+    by_hand = copy.deepcopy(conv)
+    for parameter in by_hand.parameters():
+        parameter.copy_(reduce_precision(parameter.clamp(-1, 1), 8))
+    expected = by_hand(0.3, reduce_precision(x, 8))
+    torch.testing.assert_close(analog(0.3, x), expected)
+    assert not torch.allclose(expected, conv(0.3, x))
+
+
+@torch.no_grad()
+def test_all_products_of_an_ode_resnet_are_analog() -> None:
+    torch.manual_seed(0)
+    network = ODEResNet(ODEResNetConfig(widths=(4, 8), num_classes=5)).eval()
+    images = torch.randn(3, 1, 28, 28)
+    analog = to_analog(network, AnalogConfig(bits=4, noise=0.5), calibrate=[images])
+    layers = [m for m in analog.modules() if isinstance(m, AnalogLayer)]
+    inside = {id(p) for one in layers for p in one.parameters()}
+    matrices = [p for p in analog.parameters() if p.ndim > 1]
+    assert {id(p) for p in matrices} <= inside
+    block = next(m for m in analog.modules() if isinstance(m, ODEBlock))
+    same = next(m for m in network.modules() if isinstance(m, ODEBlock))
+    h = torch.randn(3, 8, 7, 7)
+    assert not torch.equal(block(h), same(h))
 
 
 ERRORS: dict[str, nn.Module] = {

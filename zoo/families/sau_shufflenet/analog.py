@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from zoo.families.choices import check_choice
+from zoo.families.continuous_depth.blocks import TimeVaryingConv2d
+from zoo.families.continuous_depth.image_networks import TimeChannelConv2d
 
 __all__ = [
     "AnalogConfig",
@@ -163,19 +165,19 @@ class AnalogLayer(nn.Module):
         if config.levels is not None:
             self.std = noise_std(config.noise, config.levels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the layer's."""
-        config = self.config
+    def forward(self, *inputs: Any) -> Tensor:
+        """As the layer's, which multiplies its last argument by its weights."""
+        config, (*times, x) = self.config, inputs
         if self.calibrating:
-            y: Tensor = self.layer(x)
+            y: Tensor = self.layer(*times, x)
             self.input_scale.copy_(torch.maximum(self.input_scale, x.abs().max()))
             self.output_scale.copy_(torch.maximum(self.output_scale, y.abs().max()))
             return y
         if config.levels is None:
-            return self.layer(x)  # type: ignore[no-any-return]
+            return self.layer(*times, x)  # type: ignore[no-any-return]
         if config.inputs:
             x = self._enter(x / self.input_scale) * self.input_scale
-        y = functional_call(self.layer, self._weights() if config.weights else {}, (x,))
+        y = functional_call(self.layer, self._weights() if config.weights else {}, (*times, x))
         if config.outputs:
             noisy = _add_noise(y / self.output_scale, self.std, self.generator)
             y = reduce_precision(_clamp(noisy), config.levels) * self.output_scale
@@ -197,6 +199,11 @@ class AnalogLayer(nn.Module):
         return weights
 
 
+_ANALOG = (nn.Linear, nn.modules.conv._ConvNd, TimeVaryingConv2d, TimeChannelConv2d)
+_LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
+"""Multiply by nothing."""
+
+
 def to_analog(
     network: nn.Module,
     config: AnalogConfig,
@@ -206,8 +213,9 @@ def to_analog(
 ) -> nn.Module:
     """A copy of a network with analog convolutions and linear layers; all else stays digital.
 
-    A layer that occurs under several paths stays one layer. Of a network that is itself such a
-    layer, it is the `AnalogLayer`.
+    Convolutions of ODE blocks, whose weights are functions of time, are among them; what is analog
+    there is what is stored. A layer that occurs under several paths stays one layer. Of a network
+    that is itself such a layer, it is the `AnalogLayer`.
 
     Args:
         network: stays as it is.
@@ -218,20 +226,27 @@ def to_analog(
 
     Raises:
         ValueError: there are no convolutions or linear layers, or nothing to calibrate with; or
-            an `nn.MultiheadAttention`, which multiplies by the weights of its layers itself.
+            an `nn.MultiheadAttention`, which multiplies by the weights of its layers itself, or
+            another layer with a matrix, which would stay digital.
     """
     for path, module in network.named_modules():
+        where, kind = path or "the network", type(module).__name__
         if isinstance(module, nn.MultiheadAttention):
             raise ValueError(
-                f"{path or 'the network'} is an nn.MultiheadAttention, which multiplies by the "
-                "weights of its layers itself, so that they cannot be analog"
+                f"{where} is an nn.MultiheadAttention, which multiplies by the weights of its "
+                "layers itself, so that they cannot be analog"
+            )
+        if not isinstance(module, (*_ANALOG, *_LOOKED_UP)) and _is_layer_with_matrix(module):
+            raise ValueError(
+                f"{where} is a {kind}, which has a matrix that cannot be made analog: only "
+                "convolutions and linear layers can"
             )
     network = copy.deepcopy(network)
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
     made: dict[nn.Module, AnalogLayer] = {}
     for path, module in list(network.named_modules(remove_duplicate=False)):
-        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        if not isinstance(module, _ANALOG):
             continue
         if module not in made:
             made[module] = AnalogLayer(module, config, generator)
@@ -246,6 +261,11 @@ def to_analog(
     if config.scale == "calibrated" and config.levels is not None:
         _calibrate(network, layers, calibrate)
     return network
+
+
+def _is_layer_with_matrix(module: nn.Module) -> bool:
+    own = module.parameters(recurse=False)
+    return next(module.children(), None) is None and any(p.ndim > 1 for p in own)
 
 
 @torch.no_grad()
