@@ -369,6 +369,8 @@ def _cli(recipe: Recipe, trainer: dict[str, Any], *, build: bool = True) -> Any:
             if build:
                 super().instantiate_classes()
 
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(_is_no_advertisement)
     module_class = architecture(recipe.architecture).module_class()
     data_class = _import(DATA_MODULES[recipe.data])
     try:
@@ -755,7 +757,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*tensorboardX.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
