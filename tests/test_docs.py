@@ -45,6 +45,7 @@ NOT_RUN_HERE = {
     "zoo export cached-transformer-lm --format onnx": "test_exporting.py, marked slow",
     "zoo reproduce cached-transformer-lm --out runs/reproduction": "trains for hours",
     "zoo controls cached-transformer-lm.tiny-shakespeare": "trains for hours",
+    "zoo recovery": "trains for half an hour; test_recovery.py has less to do",
     "zoo memory": "takes a minute; tests/test_memory_table.py, marked slow",
 }
 """Commands that take too long: their options are checked, and shorter ones run in test_cli.py."""

@@ -10,9 +10,11 @@ import pytest
 
 from tests.tiny import SHRUNK, run
 from zoo import controls, recovery
+from zoo.cards import shipped_folder
 from zoo.controls import find_recipes
 from zoo.errors import ConfigError
 from zoo.evaluation import Summary
+from zoo.files import read_json
 
 GATES = {"DSelect-k", "softmax (MMoE)", "Top-k", "Gumbel", "shared bottom", "single task"}
 
@@ -121,6 +123,19 @@ def test_a_readme_without_markers_keeps_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected <!-- zoo:recovery -->"):
         recovery.update_readme(tmp_path / "README.md", tmp_path / "x.json")
     assert not (tmp_path / "model_cards").exists()
+
+
+def test_the_readme_shows_what_is_kept() -> None:
+    home = shipped_folder("model_cards")
+    text = (home.parent / "README.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- zoo:recovery -->\n")[1].split("\n<!-- /zoo:recovery -->")[0]
+    record = read_json(home / "recovery" / "recovery.json")
+    assert shown == recovery.markdown(record)
+    assert (home / "recovery" / "recovery.png").is_file()
+    assert {(a["gate"], a["tasks"]) for a in record["arms"]} == {
+        (gate, tasks) for gate in GATES for tasks in (8, 32, 128)
+    }
+    assert all(len(a["seeds"]) >= 5 for a in record["arms"])
 
 
 def test_the_figure_has_a_panel_for_each_measure(
