@@ -261,10 +261,12 @@ def draw(arms: Sequence[Arm], path: str | os.PathLike[str]) -> Path:
             means = [summary.mean for summary in summaries]
             spread = [0.0 if s.interval is None else s.interval[1] - s.mean for s in summaries]
             axes.errorbar([arm.tasks for arm in own], means, spread, marker="o", label=gate)
+        counts = sorted({arm.tasks for arm in arms})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, labels=[f"{count}" for count in counts])
         axes.set(xlabel="tasks", ylabel=label)
     panels[0].set_yscale("log")
-    panels[1].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
