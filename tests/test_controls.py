@@ -18,7 +18,17 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.tiny import LESS_DATA, SEGMENT, SHRUNK, write_recipe
-from zoo import _card_tables, cards, checkpoints, cli, controls, evaluation, provenance, training
+from zoo import (
+    _card_tables,
+    cards,
+    checkpoints,
+    cli,
+    controls,
+    evaluation,
+    intervals,
+    provenance,
+    training,
+)
 from zoo.cards import Control
 from zoo.errors import ConfigError, UnknownNameError, ZooError
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE
@@ -128,7 +138,7 @@ def test_a_paired_interval_is_narrower_than_an_unpaired_one() -> None:
     value, (low, high) = controls.paired_difference(a, units, counts)
     assert value == pytest.approx(float((a - units).sum() / 2000), rel=1e-12)
     assert low < value < high
-    unpaired = evaluation.bootstrap_interval(a, counts)
+    unpaired = intervals.bootstrap_interval(a, counts)
     assert high - low < 0.1 * (unpaired[1] - unpaired[0])
     assert controls.paired_difference(units, units, counts) == (0.0, (0.0, 0.0))
 

@@ -13,8 +13,8 @@ from zoo import controls, recovery
 from zoo.cards import shipped_folder
 from zoo.controls import find_recipes
 from zoo.errors import ConfigError
-from zoo.evaluation import Summary
 from zoo.files import read_json
+from zoo.intervals import Summary
 
 GATES = {"DSelect-k", "softmax (MMoE)", "Top-k", "Gumbel", "shared bottom", "single task"}
 

@@ -21,10 +21,10 @@ from zoo.cards import shipped_folder
 from zoo.data.pictures import ImageSplit
 from zoo.data.ratings import read_ratings_csv
 from zoo.errors import ConfigError, DataError, UnknownNameError
-from zoo.evaluation import Summary
 from zoo.families.continuous_depth import ODEResNetConfig
 from zoo.families.sau_shufflenet import ShuffleNetConfig
 from zoo.files import WEIGHTS_FILE, read_json
+from zoo.intervals import Summary
 from zoo.transfer import EXAMPLES, Point
 
 CLOTHES = 10

@@ -26,6 +26,7 @@ from zoo import _card_tables, files
 from zoo.configs import build, omit_default, to_json
 from zoo.errors import CheckpointError, ConfigError, UnknownNameError, nearest
 from zoo.files import FileRecord
+from zoo.intervals import student_quantile
 
 # The loader and dumper in C are ten times faster, and not in every build of PyYAML.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -153,8 +154,6 @@ class Control:
         other seeds. It is paired over the seeds that both have, where their values were kept, and
         Welch's otherwise (1947, Biometrika 34:28). None where there are too few seeds.
         """
-        from scipy.special import stdtrit
-
         seeds = [dict(zip(c.result.seeds, c.values, strict=False)) for c in (self, other)]
         pairs = [value - seeds[1][seed] for seed, value in seeds[0].items() if seed in seeds[1]]
         if len(pairs) > 1:
@@ -168,7 +167,7 @@ class Control:
             variance = sum(error for error, _ in errors)
             weight = sum(error**2 / free for error, free in errors)
             degrees = variance**2 / weight if weight else 1.0
-        return float(stdtrit(degrees, 0.975)) * math.sqrt(variance)
+        return student_quantile(degrees) * math.sqrt(variance)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

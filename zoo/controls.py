@@ -25,6 +25,7 @@ from zoo.cards import Control, shipped_folder
 from zoo.configs import to_json
 from zoo.errors import UnknownNameError, ZooError, nearest
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE, read_json, write_json
+from zoo.intervals import bootstrap_interval, student_quantile
 from zoo.progress import track
 from zoo.provenance import versions
 
@@ -296,10 +297,8 @@ def tolerances(controls: Sequence[Control]) -> dict[str, float]:
     Args:
         controls: of a weight, the model first.
     """
-    from scipy.special import stdtrit
-
     return {
-        control.result.protocol: float(stdtrit(len(control.result.seeds) - 1, 0.975))
+        control.result.protocol: student_quantile(len(control.result.seeds) - 1)
         * math.sqrt(2)
         * control.result.seed_spread
         for control in controls
@@ -432,7 +431,7 @@ def paired_difference(a: Tensor, b: Tensor, counts: Tensor) -> tuple[float, tupl
     """
     difference = a - b
     value = float(difference.sum() / counts.sum())
-    return value, evaluation.bootstrap_interval(difference, counts)
+    return value, bootstrap_interval(difference, counts)
 
 
 def _control(
@@ -450,7 +449,7 @@ def _control(
         unit=first.unit,
         value=statistics.fmean(values),
         n=first.n,
-        interval=evaluation.bootstrap_interval(arm.mean_sums(arm.seeds), first.counts),
+        interval=bootstrap_interval(arm.mean_sums(arm.seeds), first.counts),
         interval_method=f"bootstrap over {evaluation.units(first)} of the mean over seeds",
         split=first.split,
     )

@@ -17,8 +17,8 @@ from typing import Any
 from zoo import _card_tables, controls, evaluation, training
 from zoo.configs import build
 from zoo.errors import ConfigError, ZooError
-from zoo.evaluation import Summary, summarise
 from zoo.files import read_json, write_json
+from zoo.intervals import Summary, summarise
 from zoo.progress import track
 from zoo.provenance import versions
 

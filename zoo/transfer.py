@@ -30,8 +30,9 @@ from zoo.data.pictures import ImageSplit
 from zoo.data.ratings import Ratings, RatingsDataModule, read_ratings_csv
 from zoo.data.sources import data_dirs
 from zoo.errors import ConfigError, DataError, UnknownNameError, nearest
-from zoo.evaluation import Outcome, Summary, summarise
+from zoo.evaluation import Outcome
 from zoo.files import read_json, write_json
+from zoo.intervals import Summary, summarise, wilson_interval
 from zoo.progress import track
 from zoo.provenance import versions
 
@@ -580,7 +581,7 @@ def _accuracy(labels: Sequence[str], truth: Sequence[str], among: str) -> Outcom
         unit="image",
         value=right / len(truth),
         n=len(truth),
-        interval=evaluation.wilson_interval(right, len(truth)),
+        interval=wilson_interval(right, len(truth)),
         interval_method="Wilson",
         split="test",
     )

@@ -37,7 +37,7 @@ from zoo.data.augmentation import ImageBatch
 from zoo.data.images import ImageDataModule
 from zoo.data.pictures import ImagePreprocessing
 from zoo.errors import CheckpointError, ConfigError, DataError, ZooError
-from zoo.evaluation import wilson_interval
+from zoo.intervals import wilson_interval
 from zoo.tasks.base import count_macs
 from zoo.tasks.image_classification import ImagePrediction
 from zoo.tasks.optimization import OptimizerConfig

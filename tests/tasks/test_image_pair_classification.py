@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from tests.pairs import HELD_OUT, PICTURES, write_pictures
-from zoo import checkpoints, evaluation, training
+from zoo import checkpoints, evaluation, intervals, training
 from zoo.data.image_pairs import compose
 from zoo.data.pictures import ImagePreprocessing
 from zoo.errors import ConfigError, DataError, ZooError
@@ -95,7 +95,7 @@ def test_evaluation_counts_every_canvas_once_for_each_task(run: training.Run) ->
     for outcome, task in zip(outcomes[1:], (0, 1), strict=True):
         right = int((answers[:, task] == batch.labels[:, task]).sum())
         assert outcome.value == pytest.approx(right / (2 * PICTURES))
-        assert outcome.interval == evaluation.wilson_interval(right, 2 * PICTURES)
+        assert outcome.interval == intervals.wilson_interval(right, 2 * PICTURES)
 
 
 def test_predictions_are_names_of_both_pictures(run: training.Run, model: Any) -> None:

@@ -30,6 +30,7 @@ from zoo import (
     figures,
     files,
     finetuning,
+    intervals,
     publishing,
     training,
 )
@@ -107,7 +108,7 @@ def test_it_learned_on_samples_that_were_held_out(done: Any) -> None:
     assert before.n == after.n == 16  # a fifth of 80
     assert after.value > before.value + 0.2
     for outcome in (before, after):
-        assert outcome.interval == evaluation.wilson_interval(outcome.value * 16, 16)
+        assert outcome.interval == intervals.wilson_interval(outcome.value * 16, 16)
 
 
 def test_it_evaluates_to_what_was_recorded(done: Any) -> None:
