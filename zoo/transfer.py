@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
-import hashlib
 import os
 import shutil
 import tempfile
@@ -463,13 +462,10 @@ def _write_data(
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of names and contents of the pictures that lie in a folder."""
-    pictures = [p for part in ("train", "test") for p in sorted((path / part).rglob("*.png"))]
-    found = hashlib.sha256()
-    for file in [path] if path.is_file() else pictures:
-        content = file.read_bytes()
-        found.update(f"{file.relative_to(path)} {len(content)} ".encode() + content)
-    return found.hexdigest()
+    """Of a file; or of the pictures in a folder, beside which the runs lie: those of each part."""
+    if path.is_file():
+        return files.digest(path)
+    return " ".join(files.digest(path / part, (".png",)) for part in ("train", "test"))
 
 
 def _same(a: str | int, b: str | int) -> bool:
