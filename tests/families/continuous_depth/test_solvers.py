@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -484,6 +485,22 @@ def test_times_that_are_not_monotone_are_refused(times: Any, message: str) -> No
 def test_an_integer_state_is_refused() -> None:
     with pytest.raises(ValueError, match="floating point"):
         solve(lambda t, y: y, torch.ones(2, 2, dtype=torch.long), (0.0, 1.0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("shape", "wrong"), [((3, 1), (3,)), ((3, 1), (1, 3, 1)), ((1, 3), (1, 1)), ((2, 3), (4, 3))]
+)
+def test_a_field_of_another_shape_is_refused(method: Any, shape: Any, wrong: Any) -> None:
+    """All but the last would be broadcast, some to a state of another shape."""
+    message = re.escape(f"the field must return the shape of its state, {shape}, got {wrong}")
+    with pytest.raises(ValueError, match=message):
+        solve(
+            lambda t, y: y.new_ones(wrong),
+            torch.ones(shape),
+            (0.0, 1.0),
+            SolverConfig(method=method),
+        )
 
 
 @pytest.mark.parametrize("method", [*FIXED_METHODS, *ADAPTIVE_METHODS])

@@ -249,14 +249,25 @@ def runge_kutta_step(tableau: Tableau, field: Field, t: float, h: float, y: Tens
     if tableau.storage is not None:
         register: Tensor | None = None
         for (keep, gain), c in zip(tableau.storage, tableau.c, strict=True):
-            slope = field(_stage_time(t, h, c), y)
+            slope = _slope(field, _stage_time(t, h, c), y)
             register = h * slope if register is None else torch.add(keep * register, slope, alpha=h)
             y = torch.add(y, register, alpha=gain)
         return y
     stages: list[Tensor] = []
     for row, c in zip(tableau.a, tableau.c, strict=True):
-        stages.append(field(_stage_time(t, h, c), _advanced(y, h, row, stages)))
+        stages.append(_slope(field, _stage_time(t, h, c), _advanced(y, h, row, stages)))
     return _advanced(y, h, tableau.b, stages)
+
+
+def _slope(field: Field, t: float, y: Tensor) -> Tensor:
+    """The field at (t, y); one of another shape would be broadcast, and be another problem."""
+    slope = field(t, y)
+    if slope.shape != y.shape:
+        raise ValueError(
+            f"the field must return the shape of its state, {tuple(y.shape)}, got "
+            f"{tuple(slope.shape)}"
+        )
+    return slope
 
 
 def _stage_time(t: float, h: float, c: float) -> float:
@@ -301,7 +312,8 @@ def solve(
         parameters: tensors that the adjoint computes gradients of; None takes `field.parameters()`.
 
     Raises:
-        ValueError: the times are not monotone, or the state is not floating point.
+        ValueError: the times are not monotone, the state is not floating point, or the field returns
+            another shape than the state's.
         SolverError: a state is not finite, the step size underflows, or the cap on evaluations is
             reached.
     """
@@ -551,7 +563,7 @@ class _Watched(nn.Module):
             statistics.count_backward()
         else:
             statistics.nfe += 1
-        slope = self._field[0](float(t.detach()), y)
+        slope = _slope(self._field[0], float(t.detach()), y)
         if self.broken is None and (sample := _non_finite_sample(slope.detach())) is not None:
             self.broken = sample, float(t.detach())
         return slope
