@@ -200,7 +200,8 @@ def _by_blocks(x: Tensor, alpha: float | Tensor, beta: float | Tensor) -> bool:
     """
     single = all(not isinstance(p, Tensor) or p.ndim == 0 for p in (alpha, beta))
     at_hand = single and x.device.type == "cpu" and type(x) in _PLAIN
-    return at_hand and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return at_hand and not (torch.compiler.is_compiling() or tracing)
 
 
 def _evaluate(
