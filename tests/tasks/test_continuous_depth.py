@@ -150,6 +150,23 @@ def test_the_knob_reaches_the_error_control_and_the_cap() -> None:
         model.predict(torch.rand(2, 3, *SIZE))
 
 
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
+def test_the_shipped_classifier_with_an_adaptive_solver_in_float16(method: str) -> None:
+    """Against the same weights in float32, with each error control."""
+    images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    half = zoo.load("ode-resnet.mnist", dtype=torch.float16)
+    full = zoo.load("ode-resnet.mnist")
+    assert isinstance(half, ODEResNetClassifier)
+    assert isinstance(full, ODEResNetClassifier)
+    for control in ("batch", "worst_sample", "each_sample"):
+        for model in (half, full):
+            model.solver, model.error_control = method, control
+        found = [model.predict(images) for model in (half, full)]
+        for one, other in zip(*found, strict=True):
+            assert one.label == other.label
+            assert one.probabilities[0] == pytest.approx(other.probabilities[0], abs=0.01)
+
+
 def test_training_draws_the_number_of_steps(tmp_path: Path, run: training.Run) -> None:
     values = yaml.safe_load((run.folder / "recipe.yaml").read_text())
     options = {
@@ -655,16 +672,20 @@ def test_a_flow_is_diagnosed_density_by_density() -> None:
 
 
 @pytest.mark.parametrize("make", [classifier, densities])
-def test_fixed_steps_are_exported_and_adaptive_ones_refused(make: Any, tmp_path: Path) -> None:
+def test_fixed_steps_are_exported_and_others_refused(make: Any, tmp_path: Path) -> None:
     from zoo import exporting
 
     model = make()
     model.steps = 2  # a program has each step by itself
     exported = exporting.export_module(model, tmp_path / "x.pt2", "torch-export")
     assert exported.path.is_file()
-    model.solver = "dopri5"
-    with pytest.raises(ConfigError, match="chooses its steps while it runs"):
-        exporting.export_module(model, tmp_path / "y.pt2", "torch-export")
+    for method, why in (
+        ("dopri5", "dopri5 chooses its steps while it runs"),
+        ("implicit_adams", "implicit_adams iterates until it converges"),
+    ):
+        model.solver = method
+        with pytest.raises(ConfigError, match=f"^{why}, and cannot be exported: choose another"):
+            exporting.export_module(model, tmp_path / "y.pt2", "torch-export")
 
 
 # ------------------------------------------------------------------------------------- figures

@@ -91,13 +91,15 @@ class TaskSolverKnob(SolverKnob):
         """Refuse what cannot be a fixed program.
 
         Raises:
-            ConfigError: a solver chooses its steps while it runs.
+            ConfigError: a solver chooses its steps while it runs, or iterates until it converges.
         """
         solver = self.ode_blocks()[0].solver
         if not solver.is_fixed:
+            adaptive = solver.method in ADAPTIVE_METHODS
+            why = "chooses its steps while it runs" if adaptive else "iterates until it converges"
             raise ConfigError(
-                f"{solver.method} chooses its steps while it runs, and cannot be exported: choose "
-                f"another solver first, one of {', '.join(FIXED_METHODS)}."
+                f"{solver.method} {why}, and cannot be exported: choose another solver first, one "
+                f"of {', '.join(FIXED_METHODS)}."
             )
 
     def log_evaluations(self, name: Literal["nfe", "nfe_backward"]) -> None:
@@ -259,7 +261,7 @@ class ODEResNetClassifier(TaskSolverKnob, ImageClassifier):
         """As of every classifier; solvers of fixed steps only.
 
         Raises:
-            ConfigError: the solver chooses its steps while it runs, or there is no preprocessing.
+            ConfigError: the solver is none of fixed steps, or there is no preprocessing.
         """
         if self.config.body == "ode":
             self.check_exportable()

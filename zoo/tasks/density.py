@@ -108,7 +108,7 @@ class DensityModel(TaskSolverKnob, ZooModule):
         log-densities out. Solvers of fixed steps only.
 
         Raises:
-            ConfigError: the solver chooses its steps while it runs.
+            ConfigError: the solver is none of fixed steps.
         """
         if self.config.kind == "continuous":
             self.check_exportable()

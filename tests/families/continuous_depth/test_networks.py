@@ -94,6 +94,8 @@ def test_a_time_varying_convolution_is_the_blend_of_its_nodes(groups: int) -> No
     [
         ({"kernel_size": 4}, "kernel_size must be odd, got 4"),
         ({"kernel_size": 0}, "kernel_size must be odd, got 0"),
+        ({"groups": 3}, "groups must divide in_channels=2 and out_channels=2, got 3"),
+        ({"groups": 0}, "groups must divide in_channels=2 and out_channels=2, got 0"),
         ({"nodes": 0}, "nodes must be at least 1, got 0"),
         ({"basis": "foo"}, "basis must be one of 'piecewise_constant', .*, got 'foo'"),
     ],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from zoo.families.continuous_depth import (
     FIXED_METHODS,
     METHODS,
     TABLEAUS,
+    ODEBlock,
     SolverConfig,
     solve,
 )
@@ -206,7 +210,7 @@ def test_gradients_of_torchdiffeqs_solvers_agree_with_ours(method: Any, gradient
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["midpoint", "low_storage_rk3", "rk4"])
+@pytest.mark.parametrize("method", ["midpoint", "low_storage_rk3", "rk4", "dopri5"])
 def test_the_adjoint_runs_the_field_in_the_precision_of_the_forward_pass(method: Any) -> None:
     """Under autocast the state is in bfloat16 and the weights are not."""
     torch.manual_seed(0)
@@ -281,6 +285,134 @@ def test_a_slope_of_the_time_alone_passes_the_gradient(gradient: Any, with_param
     solution.last.sum().backward()
     torch.testing.assert_close(y0.grad, torch.ones_like(y0))
     assert unused.grad is None or not unused.grad.any()
+
+
+def with_parameters(field: nn.Module, factor: float) -> dict[str, Tensor]:
+    """Parameters of a block around the field, that are leaves of their own."""
+    return {
+        f"field.{name}": (factor * p.detach()).requires_grad_()
+        for name, p in field.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("method", ["rk4", "low_storage_rk3", "dopri5", "implicit_adams"])
+@pytest.mark.parametrize("gradient", ["discrete", "checkpoint", "adjoint"])
+def test_parameters_lent_for_the_forward_pass_alone(method: Any, gradient: Any) -> None:
+    """Evaluated again, the field would have its own: a gradient of zero, or that of another one."""
+    if gradient == "checkpoint" and method not in FIXED_METHODS:
+        pytest.skip("refused, see the bad input")
+    config = SolverConfig(method=method, gradient=gradient)
+    block, lent = ODEBlock(Field(), config), with_parameters(Field(), 0.5)
+    last = torch.func.functional_call(block, lent, (initial(),))
+    if gradient != "discrete":
+        message = f"^gradient='{gradient}' evaluates .* 'a' is another parameter .*'discrete'"
+        with pytest.raises(SolverError, match=message) as caught:
+            last.sum().backward()
+        assert "\n" not in str(caught.value)
+        return
+    other = ODEBlock(Field(), config)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    other(initial()).sum().backward()
+    last.sum().backward()
+    assert torch.equal(lent["field.a"].grad, other.field.a.grad)
+    assert torch.equal(lent["field.b"].grad, other.field.b.grad)
+
+
+class Shifted(nn.Module):
+    """Of the shift, the steps keep nothing for the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, t: float, y: Tensor) -> Tensor:
+        return torch.sin(y + self.shift)
+
+
+@pytest.mark.parametrize(
+    ("method", "gradient"), [("rk4", "checkpoint"), ("rk4", "adjoint"), ("dopri5", "adjoint")]
+)
+def test_a_frozen_parameter_that_changes_before_it_is_used_again_is_refused(
+    method: Any, gradient: Any
+) -> None:
+    field, y0 = Shifted(), initial().requires_grad_()
+    last = solve(field, y0, (0.0, 1.0), SolverConfig(method=method, gradient=gradient)).last
+    with torch.no_grad():
+        field.shift.add_(1.0)
+    message = "'shift' was modified by an inplace operation since the forward pass"
+    with pytest.raises(SolverError, match=message):
+        last.sum().backward()
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
+def test_trainings_go_on_as_with_the_discrete_gradient(gradient: Any, distributed: bool) -> None:
+    """Two batches per step of the optimizer; every other step is that of a copy."""
+    found = []
+    for mode in ("discrete", gradient):
+        field = Field()
+        field.unused.requires_grad_(False)  # which `DistributedDataParallel` would miss
+        block = ODEBlock(field, SolverConfig(steps=16, gradient=mode))
+        for _ in range(3):
+            block = copy.deepcopy(block)
+            net = nn.parallel.DistributedDataParallel(block) if distributed else block
+            optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+            for _ in range(2):
+                for seed in (1, 2):
+                    net(initial(seed=seed)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append(torch.cat([p.detach().flatten() for p in block.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    start = torch.cat([p.detach().flatten() for p in Field().parameters()])
+    assert float((found[0] - start).abs().max()) > 0.01
+
+
+# -------------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+@pytest.mark.parametrize("control", ["batch", "worst_sample", "each_sample"])
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_states_in_half_precision(method: Any, control: Any, gradient: Any, dtype: Any) -> None:
+    """They are those of float64 to the last digit. Gradients are rounded at each evaluation, up and
+    down at random, and once more where they are added up."""
+    config = SolverConfig(method=method, tolerance=1e-4, error_control=control, gradient=gradient)
+    found, evaluations = [], 0
+    for kind, solver in ((dtype, config), (torch.float64, SolverConfig(method="rk4", steps=64))):
+        field, y0 = Field().to(dtype).to(kind), initial().to(dtype).to(kind).requires_grad_()
+        solution = solve(field, y0, (0.0, 1.0), solver)
+        assert solution.last.dtype == kind
+        solution.last.sum().backward()
+        found.append([solution.last.detach(), y0.grad, field.a.grad, field.b.grad])
+        evaluations = evaluations or solution.statistics.nfe
+    digits = [1.0, *[2.0 * math.sqrt(evaluations)] * 3]
+    for one, other, allowed in zip(*found, digits, strict=True):
+        assert one.dtype == dtype
+        atol = allowed * torch.finfo(dtype).eps * float(other.abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_large_states_in_half_precision_keep_their_digits(method: Any) -> None:
+    """Their squares leave float16."""
+    y0 = torch.full((2, 8), 1000.0, dtype=torch.float16)
+    last = solve(lambda t, y: -y, y0, (0.0, 1.0), SolverConfig(method=method, tolerance=1e-4)).last
+    exact = torch.full((2, 8), 1000.0 * math.exp(-1.0), dtype=torch.float64)
+    torch.testing.assert_close(last.double(), exact, rtol=1e-3, atol=0)
 
 
 # ----------------------------------------------------------------------- memory and counts
@@ -465,6 +597,14 @@ def test_a_wrong_configuration_is_refused(options: dict[str, Any], message: str)
         SolverConfig(**options)
 
 
+def test_integers_of_numpy_are_taken_for_pythons() -> None:
+    config = SolverConfig(steps=np.int64(3), max_nfe=np.int32(12))  # type: ignore[arg-type]
+    assert (type(config.steps), type(config.max_nfe)) == (int, int)
+    assert config == SolverConfig(steps=3, max_nfe=12)
+    with pytest.raises(ValueError, match=r"steps must be an integer of at least 1, got .*True"):
+        SolverConfig(steps=np.bool_(True))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("times", "message"),
     [
@@ -484,6 +624,22 @@ def test_times_that_are_not_monotone_are_refused(times: Any, message: str) -> No
 def test_an_integer_state_is_refused() -> None:
     with pytest.raises(ValueError, match="floating point"):
         solve(lambda t, y: y, torch.ones(2, 2, dtype=torch.long), (0.0, 1.0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("shape", "wrong"), [((3, 1), (3,)), ((3, 1), (1, 3, 1)), ((1, 3), (1, 1)), ((2, 3), (4, 3))]
+)
+def test_a_field_of_another_shape_is_refused(method: Any, shape: Any, wrong: Any) -> None:
+    """All but the last would be broadcast, some to a state of another shape."""
+    message = re.escape(f"the field must return the shape of its state, {shape}, got {wrong}")
+    with pytest.raises(ValueError, match=message):
+        solve(
+            lambda t, y: y.new_ones(wrong),
+            torch.ones(shape),
+            (0.0, 1.0),
+            SolverConfig(method=method),
+        )
 
 
 @pytest.mark.parametrize("method", [*FIXED_METHODS, *ADAPTIVE_METHODS])
@@ -575,6 +731,19 @@ def test_a_state_that_starts_broken_is_named(method: Any) -> None:
     y0[2, 1] = math.nan
     with pytest.raises(SolverError, match="sample 2 is not finite"):
         solve(Field(), y0, (0.0, 1.0), SolverConfig(method=method, steps=2))
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_a_field_is_not_asked_at_a_time_that_is_no_number(method: Any) -> None:
+    """With so small a tolerance the norm of a state is infinite in float32."""
+
+    def field(t: float, y: Tensor) -> Tensor:
+        assert math.isfinite(t)
+        return -y
+
+    config = SolverConfig(method=method, tolerance=1e-30)
+    with pytest.raises(SolverError, match="loosen the tolerance 1e-30"):
+        solve(field, torch.ones(2, 3), (0.0, 1.0), config)
 
 
 def test_a_stiff_problem_ends_at_the_cap_with_the_time_reached() -> None:

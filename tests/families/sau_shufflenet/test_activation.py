@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from zoo.families.sau_shufflenet import SAU, SAU_PRESETS, sau
@@ -495,3 +496,33 @@ def test_bad_arguments(make: object, message: str) -> None:
 def test_integers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"floating point tensors, got torch\.int64"):
         sau(torch.arange(3))
+
+
+# --------------------------------------------------------------------- tensors without values
+
+
+@pytest.mark.parametrize("preset", ["2", "published", "2-trained"])
+def test_shapes_are_known_without_values(preset: str) -> None:
+    with FakeTensorMode():
+        x = torch.randn(4, 32, requires_grad=True)
+        y = SAU.preset(preset)(x)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+    assert (y.shape, grad.shape) == ((4, 32), (4, 32))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("preset", ["2", "published", "2-trained"])
+def test_a_trace_is_of_any_size(preset: str) -> None:
+    """Blocks, and columns near the Gaussian, are those of one input."""
+    layer = SAU.preset(preset)
+    with torch.no_grad():
+        for rows in (2, 20_000):
+            traced = torch.jit.trace(layer, torch.randn(rows, 32), check_trace=False)
+            for x in (torch.randn(5, 32), torch.randn(20_000, 32), 1e-4 * torch.randn(5, 32)):
+                torch.testing.assert_close(traced(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_trained_layer_without_values_is_shown() -> None:
+    with torch.device("meta"):
+        layer = SAU(train_alpha=True, train_beta=True)
+    assert repr(layer) == "SAU(alpha=trained, beta=trained)"

@@ -222,7 +222,8 @@ class TimeVaryingConv2d(nn.Module):
         basis: see `basis_weights`.
 
     Raises:
-        ValueError: the kernel's size is not odd, or there is no such basis, or no function.
+        ValueError: the kernel's size is not odd, the groups do not divide the channels, or there is
+            no such basis, or no function.
     """
 
     def __init__(
@@ -238,6 +239,11 @@ class TimeVaryingConv2d(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels={in_channels} and out_channels={out_channels}, "
+                f"got {groups}"
+            )
         basis_weights(basis, nodes, 0.0)
         self.groups, self.nodes, self.basis = groups, nodes, basis
         self.padding = kernel_size // 2

@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -96,7 +97,8 @@ class SolverConfig:
     """"discrete": through the steps, exact. "checkpoint": likewise, but only the state at each
     step is stored, and stages are computed again. "adjoint": an ODE solved back in time (arXiv:
     1806.07366, appendix B), which stores the requested states only and is not exact. Through an
-    adjoint, ours and torchdiffeq's, there is no gradient of gradients."""
+    adjoint, ours and torchdiffeq's, there is no gradient of gradients. Both evaluate the field
+    again in the backward pass, and refuse parameters that are others by then."""
     error_control: ErrorControl = "batch"
     """Adaptive solvers: the error is averaged over the batch; is that of its worst sample (steps
     are shared); or each sample is solved alone, which alone makes its result independent of the
@@ -111,6 +113,8 @@ class SolverConfig:
                 f"There are: {', '.join(METHODS)}"
             )
         check_choices(self)
+        for name in ("steps", "max_nfe"):
+            object.__setattr__(self, name, _plain_integer(getattr(self, name)))
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"steps must be an integer of at least 1, got {self.steps!r}")
         tolerance: Any = self.tolerance
@@ -137,6 +141,16 @@ class SolverConfig:
     def is_batch_dependent(self) -> bool:
         """Whether a sample's result depends, within the tolerance, on the rest of its batch."""
         return not self.is_fixed and self.error_control != "each_sample"
+
+
+def _plain_integer(value: Any) -> Any:
+    """An integer of another type, as NumPy's, as one of Python; all else as it is."""
+    if isinstance(value, bool | Tensor):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 @dataclasses.dataclass
@@ -249,14 +263,25 @@ def runge_kutta_step(tableau: Tableau, field: Field, t: float, h: float, y: Tens
     if tableau.storage is not None:
         register: Tensor | None = None
         for (keep, gain), c in zip(tableau.storage, tableau.c, strict=True):
-            slope = field(_stage_time(t, h, c), y)
+            slope = _slope(field, _stage_time(t, h, c), y)
             register = h * slope if register is None else torch.add(keep * register, slope, alpha=h)
             y = torch.add(y, register, alpha=gain)
         return y
     stages: list[Tensor] = []
     for row, c in zip(tableau.a, tableau.c, strict=True):
-        stages.append(field(_stage_time(t, h, c), _advanced(y, h, row, stages)))
+        stages.append(_slope(field, _stage_time(t, h, c), _advanced(y, h, row, stages)))
     return _advanced(y, h, tableau.b, stages)
+
+
+def _slope(field: Field, t: float, y: Tensor) -> Tensor:
+    """The field at (t, y); one of another shape would be broadcast, and be another problem."""
+    slope = field(t, y)
+    if slope.shape != y.shape:
+        raise ValueError(
+            f"the field must return the shape of its state, {tuple(y.shape)}, got "
+            f"{tuple(slope.shape)}"
+        )
+    return slope
 
 
 def _stage_time(t: float, h: float, c: float) -> float:
@@ -301,7 +326,8 @@ def solve(
         parameters: tensors that the adjoint computes gradients of; None takes `field.parameters()`.
 
     Raises:
-        ValueError: the times are not monotone, or the state is not floating point.
+        ValueError: the times are not monotone, the state is not floating point, or the field
+            returns another shape than the state's.
         SolverError: a state is not finite, the step size underflows, or the cap on evaluations is
             reached.
     """
@@ -323,7 +349,7 @@ def solve(
             )
     # Looking for them takes as long as a small field; through the steps they are found anyway.
     needed = solver.gradient != "discrete" and torch.is_grad_enabled()
-    learned = _learned(field, parameters) if needed else ()
+    learned = _Learned.of(field, parameters, solver.gradient) if needed else _Learned()
     if solver.is_fixed:
         solution = _solve_fixed(field, initial, times, solver, learned)
     elif solver.error_control == "each_sample":
@@ -335,11 +361,58 @@ def solve(
     return solution
 
 
-def _learned(field: Field, parameters: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-    """These, or else the field's, as far as they need gradients."""
-    if parameters is None:
-        parameters = tuple(field.parameters()) if isinstance(field, nn.Module) else ()
-    return tuple(p for p in parameters if p.requires_grad)
+@dataclasses.dataclass(frozen=True)
+class _Learned:
+    """What a backward pass that evaluates the field again is to know of its parameters.
+
+    Attributes:
+        tensors: those that gradients are computed of.
+        places: where the field, if it is a module, has each of its parameters; the parameter, and
+            its version.
+        gradient: the mode, for the message.
+    """
+
+    tensors: tuple[Tensor, ...] = ()
+    places: tuple[tuple[dict[str, nn.Parameter | None], str, Tensor, int], ...] = ()
+    gradient: str = "discrete"
+
+    @classmethod
+    def of(cls, field: Field, parameters: Sequence[Tensor] | None, gradient: str) -> _Learned:
+        """These, or else the field's, as far as they need gradients."""
+        if parameters is None:
+            parameters = tuple(field.parameters()) if isinstance(field, nn.Module) else ()
+        places: list[tuple[dict[str, nn.Parameter | None], str, Tensor, int]] = []
+        # A compiled graph has them as its inputs: there none can change.
+        if isinstance(field, nn.Module) and not torch.compiler.is_compiling():
+            for module in field.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        places.append((module._parameters, name, parameter, _version(parameter)))
+        return cls(tuple(p for p in parameters if p.requires_grad), tuple(places), gradient)
+
+    def check(self) -> None:
+        """Refuse other parameters than those of the forward pass, whose gradient it would not be.
+
+        Raises:
+            SolverError: the field has others, or one was changed in place.
+        """
+        again = f"gradient={self.gradient!r} evaluates the field again in the backward pass"
+        for parameters, name, parameter, version in self.places:
+            if parameters.get(name) is not parameter:
+                raise SolverError(
+                    f"{again}, where {name!r} is another parameter than in the forward pass (as "
+                    "after torch.func.functional_call): use gradient='discrete'."
+                )
+            if _version(parameter) != version:
+                raise SolverError(
+                    f"{again}, but {name!r} was modified by an inplace operation since the forward "
+                    "pass: go backward before parameters change."
+                )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; those of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _all_finite(state: Tensor) -> bool:
@@ -383,7 +456,7 @@ def _solve_fixed(
     initial: Tensor,
     times: tuple[float, ...],
     solver: SolverConfig,
-    parameters: Sequence[Tensor],
+    learned: _Learned,
 ) -> Solution:
     tableau = TABLEAUS[solver.method]
     taken = solver.steps * (len(times) - 1)
@@ -396,17 +469,17 @@ def _solve_fixed(
     statistics = Statistics(nfe=nfe, accepted=taken)
     if solver.gradient == "adjoint" and torch.is_grad_enabled():
         states = _Adjoint.apply(
-            field, times, solver.steps, tableau, statistics, initial, *parameters
+            field, times, solver.steps, tableau, statistics, learned, initial, *learned.tensors
         )
         return Solution((initial, *states), statistics)
     states, y = [initial], initial
     # Where nothing learns, no step keeps anything, and a checkpoint would keep its state.
-    learns = initial.requires_grad or bool(parameters) or not isinstance(field, nn.Module)
+    learns = initial.requires_grad or bool(learned.tensors) or not isinstance(field, nn.Module)
     recomputes = solver.gradient == "checkpoint" and torch.is_grad_enabled() and learns
     for start, end in itertools.pairwise(times):
         for t, h in step_grid(start, end, solver.steps):
             if recomputes:
-                y = _checkpointed_step(tableau, field, t, h, y, statistics)
+                y = _checkpointed_step(tableau, field, t, h, y, statistics, learned)
             else:
                 y = runge_kutta_step(tableau, field, t, h, y)
         states.append(y)
@@ -414,7 +487,13 @@ def _solve_fixed(
 
 
 def _checkpointed_step(
-    tableau: Tableau, field: Field, t: float, h: float, y: Tensor, statistics: Statistics
+    tableau: Tableau,
+    field: Field,
+    t: float,
+    h: float,
+    y: Tensor,
+    statistics: Statistics,
+    learned: _Learned,
 ) -> Tensor:
     if torch.compiler.is_compiling():
         compiled: Tensor = checkpoint(
@@ -427,6 +506,7 @@ def _checkpointed_step(
         nonlocal calls
         calls += 1
         if calls > 1:  # again, for the backward pass
+            learned.check()
             statistics.count_backward(tableau.stages)
         return runge_kutta_step(tableau, field, t, h, y)
 
@@ -462,11 +542,12 @@ class _Adjoint(torch.autograd.Function):
         steps: int,
         tableau: Tableau,
         statistics: Statistics,
+        learned: _Learned,
         initial: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.field, ctx.times, ctx.steps, ctx.tableau = field, times, steps, tableau
-        ctx.statistics = statistics
+        ctx.statistics, ctx.learned = statistics, learned
         ctx.autocast = _autocast_state(initial.device.type)
         states, y = [], initial
         for start, end in itertools.pairwise(times):
@@ -484,6 +565,7 @@ class _Adjoint(torch.autograd.Function):
         tableau: Tableau = ctx.tableau
         count = len(ctx.times) - 1
         states, parameters = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        ctx.learned.check()
         adjoint = torch.zeros_like(states[0])
         totals = [torch.zeros_like(p) for p in parameters]
 
@@ -514,25 +596,36 @@ class _Adjoint(torch.autograd.Function):
                 weights = iter([h * b for b in tableau.b])
                 pair = runge_kutta_step(tableau, backwards, t, h, pair)
             adjoint = pair[1]
-        return (None, None, None, None, None, adjoint, *totals)
+        return (None, None, None, None, None, None, adjoint, *totals)
 
 
 # --- torchdiffeq ---------------------------------------------------------------------------------
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 class _Watched(nn.Module):
-    """A field that counts its evaluations, stops at a cap, and remembers how far it came."""
+    """A field that counts its evaluations, stops at a cap, and remembers how far it came.
+
+    It is evaluated in the precision of the initial state, whatever that of the solver, and in the
+    backward pass under the autocast of the forward pass.
+    """
 
     def __init__(
         self,
         field: Field,
+        initial: Tensor,
         times: tuple[float, ...],
         solver: SolverConfig,
         statistics: Statistics,
+        learned: _Learned,
     ):
         super().__init__()
         # In a tuple, so that its parameters are not found here: torchdiffeq gets them from us.
         self._field, self._solver, self.statistics = (field,), solver, statistics
+        self._dtype, self._learned = initial.dtype, learned
+        self._autocast = _autocast_state(initial.device.type)
         self.is_backward, self.last_time = False, times[0]
         self.span = min(times), max(times)
         # The sample whose slope is not finite, and when; of steps that are chosen, in the last one.
@@ -547,14 +640,20 @@ class _Watched(nn.Module):
                 f"{self.last_time:.6g}: the problem is stiff or the tolerance "
                 f"{self._solver.tolerance:g} too tight."
             )
+        time = float(t.detach())
+        if not math.isfinite(time):  # a norm is infinite, or a slope is not finite
+            raise _underflow(self, self._solver, "no finite step is left to try")
         if self.is_backward:
+            self._learned.check()
             statistics.count_backward()
+            with torch.autocast(**self._autocast) if self._autocast else contextlib.nullcontext():
+                slope = _slope(self._field[0], time, y.to(self._dtype))
         else:
             statistics.nfe += 1
-        slope = self._field[0](float(t.detach()), y)
+            slope = _slope(self._field[0], time, y.to(self._dtype))
         if self.broken is None and (sample := _non_finite_sample(slope.detach())) is not None:
-            self.broken = sample, float(t.detach())
-        return slope
+            self.broken = sample, time
+        return slope.to(y.dtype)
 
     # torchdiffeq calls these with the time before a step, and warns of callbacks without use.
 
@@ -608,7 +707,7 @@ def _solve_adaptive(
     initial: Tensor,
     times: tuple[float, ...],
     solver: SolverConfig,
-    parameters: Sequence[Tensor],
+    learned: _Learned,
     statistics: Statistics | None = None,
 ) -> Solution:
     # Here, since most who use a fixed-step network never need it.
@@ -616,10 +715,10 @@ def _solve_adaptive(
 
     if statistics is None:
         statistics = Statistics(batch_dependent=solver.is_batch_dependent)
-    watched = _Watched(field, times, solver, statistics)
+    watched = _Watched(field, initial, times, solver, statistics, learned)
     options: dict[str, Any] = {}
     if solver.method in ADAPTIVE_METHODS:
-        watched = _WatchedSteps(field, times, solver, statistics)
+        watched = _WatchedSteps(field, initial, times, solver, statistics, learned)
         worst = solver.error_control == "worst_sample"
         options["norm"] = _worst_sample if worst else _mean_sample
     else:
@@ -632,15 +731,18 @@ def _solve_adaptive(
         "options": options,
     }
     moments = torch.tensor(times, dtype=torch.float64, device=initial.device)
+    # Squared, errors over a tolerance leave float16, and those of a step are below its last digit.
+    state = initial.float() if initial.dtype in _HALF else initial
     try:
         if solver.gradient == "adjoint" and torch.is_grad_enabled():
             states = torchdiffeq.odeint_adjoint(
-                watched, initial, moments, adjoint_params=tuple(parameters), **arguments
+                watched, state, moments, adjoint_params=learned.tensors, **arguments
             )
         else:
-            states = torchdiffeq.odeint(watched, initial, moments, **arguments)
+            states = torchdiffeq.odeint(watched, state, moments, **arguments)
     except AssertionError as error:
         raise _underflow(watched, solver, error) from None
+    states = states.to(initial.dtype)
     if watched.broken is not None and _is_eager() and not _all_finite(states[-1].detach()):
         raise _non_finite(*watched.broken, solver, statistics)
     watched.is_backward = True
@@ -672,14 +774,14 @@ def _solve_each(
     initial: Tensor,
     times: tuple[float, ...],
     solver: SolverConfig,
-    parameters: Sequence[Tensor],
+    learned: _Learned,
 ) -> Solution:
     """Each sample alone."""
     parts, statistics = [], Statistics()
     for index in range(len(initial)):
         try:
             one, own = initial[index : index + 1], _OfOneSample(of_all=statistics)
-            parts.append(_solve_adaptive(field, one, times, solver, parameters, own))
+            parts.append(_solve_adaptive(field, one, times, solver, learned, own))
         except SolverError as error:
             raise SolverError(f"Sample {index}: {error}") from None
     states = tuple(torch.cat(column) for column in zip(*(p.states for p in parts), strict=True))

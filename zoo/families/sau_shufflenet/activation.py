@@ -35,6 +35,7 @@ _NEAR = 9.0
 """Standard deviations beyond which a Gaussian is nothing beside 1 in float64."""
 _ROWS = 32
 """Elements that are looked at together, when those near the Gaussian are looked for."""
+_PLAIN = (Tensor, nn.Parameter)
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_TWO_PI = math.sqrt(2 * math.pi)
 _LOG2_E = math.log2(math.e)
@@ -192,9 +193,15 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_blocks(x: Tensor, alpha: float | Tensor, beta: float | Tensor) -> bool:
-    """Whether the parameters are plain numbers at hand; on an accelerator reading them waits."""
+    """Whether the parameters are plain numbers at hand; on an accelerator reading them waits.
+
+    Nor are tensors without values looked at (subclasses, as `FakeTensor`), or while operations are
+    recorded: the blocks of one input are not those of another.
+    """
     single = all(not isinstance(p, Tensor) or p.ndim == 0 for p in (alpha, beta))
-    return single and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    at_hand = single and x.device.type == "cpu" and type(x) in _PLAIN
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return at_hand and not (torch.compiler.is_compiling() or tracing)
 
 
 def _evaluate(
@@ -504,7 +511,9 @@ class SAU(nn.Module):
     def extra_repr(self) -> str:
         shown = []
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.is_meta:
+                shown.append(f"{name}=trained")
+            elif isinstance(value, Tensor):
                 shown.append(f"{name}={value.detach().mean().item():.4g} (trained)")
             else:
                 shown.append(f"{name}={value:g}")
