@@ -288,6 +288,7 @@ def digest(module: ZooModule) -> str:
     return found.hexdigest()
 
 
+@torch.inference_mode(False)  # of tensors made in that mode no gradient could be taken later
 def load(
     folder: str | os.PathLike[str],
     *,

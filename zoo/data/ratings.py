@@ -28,6 +28,7 @@ from zoo.errors import DataError, UnknownNameError, nearest
 
 __all__ = [
     "RATING_SETS",
+    "TITLE_FILES",
     "RatingBatch",
     "Ratings",
     "RatingsDataModule",
@@ -39,6 +40,12 @@ __all__ = [
 
 RATING_SETS = ("movielens-100k", "movielens-1m", "movielens-latest-small")
 """The known sets of ratings."""
+TITLE_FILES = {
+    "movielens-100k": "u.item",
+    "movielens-1m": "movies.dat",
+    "movielens-latest-small": "movies.csv",
+}
+"""File of each that has the titles; ratings are read without it too."""
 
 _EVALUATION_BATCH = 8192
 _ROUNDS = 50
