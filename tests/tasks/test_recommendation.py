@@ -492,6 +492,25 @@ def test_the_command_lists_items(run: training.Run) -> None:
     )
 
 
+def test_the_command_shows_titles_of_others_in_one_line_each(tmp_path: Path) -> None:
+    """A configuration that was downloaded could draw on a terminal, or forge rows."""
+    titles = ("Alien\n13  Babe", "\x1b[2Jgone\x07", "a\u2028b\u202ec", "Café  \t noir")
+    catalogue = dataclasses.replace(untrained().catalogue, titles=titles)
+    module = Recommender(untrained().config, preprocessing=catalogue).eval()
+    checkpoints.save(module, tmp_path / "odd")
+    said = tiny.run("recommend", tmp_path / "odd", "--user", "1", "--include-seen")
+    assert said.status == 0
+    shown = {line[: line.index("  0.")].rstrip() for line in said.out.splitlines()[1:]}
+    assert shown == {
+        "10    Alien 13 Babe",
+        "11    ?[2Jgone?",
+        "12    a b?c",
+        "13    Café noir",
+    }
+    said = tiny.run("recommend", tmp_path / "odd", "--user", "1", "--include-seen", "--json")
+    assert {entry["title"] for entry in said.json} == set(titles), "as they are"
+
+
 def test_similar_items_are_by_the_cosine_of_their_vectors(model: Any) -> None:
     found = model.similar_items("Comedy 3", k=5)
     items = model.catalogue.items
