@@ -409,6 +409,28 @@ def test_a_class_that_is_not_registered_cannot_be_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_that_could_not_be_loaded_is_not_saved(
+    module: TinyModule, folder: Path, tmp_path: Path
+) -> None:
+    before = (folder / WEIGHTS_FILE).read_bytes()
+    module.network.head = nn.Linear(4, 9)
+    for place in (folder, tmp_path / "new"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"^The network of this tiny is not the one of its configuration, so nothing was "
+            r"saved: tensor 'head\.weight' has shape \(9, 4\) instead of \(3, 4\); ",
+        ):
+            checkpoints.save(module, place)
+    assert (folder / WEIGHTS_FILE).read_bytes() == before
+    assert not (tmp_path / "new").exists()
+    module.config = TinyConfig(num_classes=9)
+    checkpoints.save(module, folder)
+    assert_same_tensors(checkpoints.load(folder).network, module.network)
+    module.network.more = nn.Linear(4, 9)
+    with pytest.raises(CheckpointError, match=r"tensor 'more\.weight' is unexpected"):
+        checkpoints.save(module, folder)
+
+
 # --- size and sha256 -----------------------------------------------------------------------------
 
 

@@ -153,13 +153,15 @@ def save(
     Raises:
         UnknownNameError: When the class is not registered.
         CheckpointError: When the folder holds something else, or cannot be written; or when the
-            module does not know its preprocessing yet.
+            module does not know its preprocessing yet, or its network is no longer one that its
+            configuration describes.
     """
     if module.preprocessing_config is not None and module.preprocessing is None:
         raise CheckpointError(
             f"This {architecture_of(type(module)).name} does not know its preprocessing: train it, "
             f"or pass preprocessing."
         )
+    _check_rebuilt(module)
     contents = {
         CONFIG_FILE: format_json(to_json(_config(module))),
         WEIGHTS_FILE: _serialised(module.published_network, _dtype(dtype)),
@@ -179,9 +181,27 @@ def _config(module: ZooModule) -> CheckpointConfig:
         architecture=entry.name,
         family=entry.family,
         task=entry.task,
-        network=to_json(module.config),
+        network=to_json(module.published_config),
         preprocessing={} if module.preprocessing is None else to_json(module.preprocessing),
     )
+
+
+def _check_rebuilt(module: ZooModule) -> None:
+    """Check that a network of the module's configuration takes the module's tensors.
+
+    Raises:
+        CheckpointError: It does not, so that what was saved could never be loaded.
+    """
+    name = architecture_of(type(module)).name
+    # Built as `load` builds it, since not every network can be built without values.
+    other = _construct(type(module), module.published_config, module.preprocessing, name)
+    own, stored = _tensors(other.network), _tensors(module.published_network)
+    for tensor in dict.fromkeys([*own, *stored]):
+        if fault := _fault(own.get(tensor), stored.get(tensor)):
+            raise CheckpointError(
+                f"The network of this {name} is not the one of its configuration, so nothing was "
+                f"saved: tensor {tensor!r} {fault}; set its config, or undo what changed it."
+            )
 
 
 def _serialised(network: nn.Module, dtype: torch.dtype | None) -> bytes:
@@ -268,6 +288,7 @@ def digest(module: ZooModule) -> str:
     return found.hexdigest()
 
 
+@torch.inference_mode(False)  # of tensors made in that mode no gradient could be taken later
 def load(
     folder: str | os.PathLike[str],
     *,
@@ -517,7 +538,7 @@ def _construct(
     module_class: type[ZooModule],
     network: Any,
     preprocessing: Any,
-    where: Path,
+    where: Path | str,
     seed: int | None = None,
 ) -> ZooModule:
     arguments = {} if preprocessing is None else {"preprocessing": preprocessing}

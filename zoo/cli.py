@@ -353,6 +353,15 @@ def _printable(text: str) -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
+def _one_line(text: str) -> str:
+    """The text for a cell of a table: in one line, and without what would control a terminal.
+
+    Names of classes, items and files come from others.
+    """
+    shown = (character if character.isprintable() else "?" for character in " ".join(text.split()))
+    return _printable("".join(shown))
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
@@ -468,7 +477,7 @@ def _predict_texts(module: Any, options: argparse.Namespace) -> int:
     names = options.file or [text if len(text) <= 40 else text[:37] + "..." for text in texts]
     rows = [
         [
-            _printable(" ".join(name.split())),
+            _one_line(name),
             f"{score.n}",
             f"{score.log_likelihood:.2f}",
             f"{score.nats_per_byte:.4f}",
@@ -515,7 +524,7 @@ def _show_classes(
         )
         return OK
     rows = [
-        [_printable(" ".join(name.split())), _printable(label), f"{probability:.4f}"]
+        [_one_line(name), _one_line(label), f"{probability:.4f}"]
         for name, prediction in zip(names, predictions, strict=True)
         for label, probability in zip(prediction.classes, prediction.probabilities, strict=True)
     ]
@@ -594,8 +603,8 @@ def _recommend(options: argparse.Namespace) -> int:
         return OK
     rows = [
         [
-            entry.item,
-            _printable(entry.title),
+            _one_line(entry.item),
+            _one_line(entry.title),
             f"{entry.score:.4f}",
             "-" if entry.rating is None else f"{entry.rating:.2f}",
         ]

@@ -43,6 +43,15 @@ LICENCE_FILE = "LICENSE"
 EVAL_RESULTS_FILE = ".eval_results/zoo.yaml"
 _OWN_LICENCE = "apache-2.0"
 """Of this project; its text comes with the installation."""
+_CREATIVE_COMMONS = {
+    "by": "Attribution",
+    "by-nc": "Attribution-NonCommercial",
+    "by-nc-nd": "Attribution-NonCommercial-NoDerivatives",
+    "by-nc-sa": "Attribution-NonCommercial-ShareAlike",
+    "by-nd": "Attribution-NoDerivatives",
+    "by-sa": "Attribution-ShareAlike",
+}
+"""Creative Commons licences of version 4.0, as `cc-by-nc-4.0` is one, by what their address has."""
 _OURS = ("figures/", ".eval_results/")
 """Folders in a repository in which what no longer belongs is removed."""
 _IMAGE = re.compile(r"!\[[^\]]*\]\((?!\w+:)([^)\s]+)(?:\s+\"[^\"]*\")?\)")
@@ -307,9 +316,20 @@ def _check_complete(card: Card) -> None:
 
 
 def _licence(card: Card, folder: Path) -> bytes:
-    """The text of the weights' licence: that in the folder, else the project's own."""
+    """The text of the weights' licence: that in the folder, else the project's own, or a notice."""
     if (folder / LICENCE_FILE).is_file():
         return files.read_bytes(folder / LICENCE_FILE)
+    common = re.fullmatch(r"cc-([a-z-]+)-4\.0", card.weights_license)
+    if common and common[1] in _CREATIVE_COMMONS:
+        # These licences are applied by reference, so their text need not come along.
+        address = f"https://creativecommons.org/licenses/{common[1]}/4.0"
+        return (
+            f"The weights of {card.name} are licensed under the Creative Commons "
+            f"{_CREATIVE_COMMONS[common[1]]} 4.0 International License.\n"
+            f"To view a copy of this license, visit {address}/\n"
+            f"Its legal code is at {address}/legalcode\n\n"
+            f"SPDX-License-Identifier: {card.weights_license.upper()}\n"
+        ).encode()
     if card.weights_license != _OWN_LICENCE:
         raise CheckpointError(
             f"{folder} has no text of the licence {card.weights_license!r}, so nothing was sent; "

@@ -1,7 +1,8 @@
 """What a mixture of experts costs once its gate is sparse, over computing all of them.
 
 Sixteen experts of one layer, two of which each example uses; at most a sixth of the dense time.
-torch-rechub's MMoE takes part where it is installed, and is to be no faster.
+torch-rechub's MMoE takes part where it is installed, and is to be no faster. LibMTL has a DSelect-k
+of its own, which computes all experts; it is not compared yet.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zoo.data import ratings as ratings_module
 from zoo.data import sources
 from zoo.data.ratings import (
     RATING_SETS,
@@ -26,6 +28,7 @@ from zoo.data.ratings import (
     read_movielens,
     read_ratings_csv,
 )
+from zoo.data.tables import ordered_names
 from zoo.errors import DataError, UnknownNameError
 
 USERS, ITEMS = 12, 30
@@ -296,6 +299,22 @@ def test_processes_share_the_validation_pairs(tmp_path: Path, processes: int) ->
     assert sorted(found) == sorted(zip(*map(Tensor.tolist, whole), strict=True))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("split", ["temporal", "pairs"])
+def test_each_validation_batch_has_pairs_of_both_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: Any, processes: int
+) -> None:
+    monkeypatch.setattr(ratings_module, "_EVALUATION_BATCH", 5)
+    module = data(tmp_path, split=split)
+    share = module.pairs("validation").watched.mean()
+    for rank in range(processes):
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=processes)  # type: ignore[assignment]
+        batches = list(module.val_dataloader())
+        assert len(batches) > 1
+        for batch in batches:
+            assert abs(batch.watched.sum() - share * len(batch.watched)) < 1.5
+
+
 def test_validation_pairs_are_the_same_each_time_and_never_rated(tmp_path: Path) -> None:
     module = data(tmp_path)
     (first,), (second,) = list(module.val_dataloader()), list(module.val_dataloader())
@@ -425,11 +444,25 @@ def test_a_title_that_is_missing_in_some_rows_is_taken_from_others(tmp_path: Pat
     assert read_ratings_csv(path, title_column="title").titles == ("One", "Two", "3")
 
 
-def test_ids_that_are_one_number_have_an_order(tmp_path: Path) -> None:
+def test_names_that_are_one_number_have_an_order() -> None:
+    assert ordered_names(["1", "01", "2", "001", "02"]) == ("001", "01", "1", "02", "2")
+
+
+@pytest.mark.parametrize("other", ["1.0", "01", "1.", "001.00"])
+@pytest.mark.parametrize("what", ["user", "item"])
+def test_a_number_that_is_written_in_two_ways_is_refused(
+    tmp_path: Path, what: str, other: str
+) -> None:
+    """As by a spreadsheet that made floats of a column in half of the file."""
     path = tmp_path / "mine.csv"
-    names = ["1", "01", "001", "2", "02"]
-    path.write_text("\n".join(["user,item,rating", *(f"{name},1,5" for name in names)]))
-    assert read_ratings_csv(path).user_ids == ("001", "01", "1", "02", "2")
+    first, second = ("1,7", f"{other},8") if what == "user" else ("7,1", f"8,{other}")
+    path.write_text(f"user,item,rating\n{first},5\n{second},4\n")
+    message = rf"line 3: {what} '{re.escape(other)}' was '1' before; write it the same way\.$"
+    with pytest.raises(DataError, match=message):
+        read_ratings_csv(path)
+    path.write_text("user,item,rating\n01,10.0,5\n10,1.5,4\n100,1.50,3\na1,0,3\n1e1,1,3\n")
+    ratings = read_ratings_csv(path)
+    assert (len(ratings.user_ids), len(ratings.item_ids)) == (5, 5), "these are different"
 
 
 def test_another_scale_is_an_option(tmp_path: Path) -> None:
@@ -451,6 +484,7 @@ def test_too_few_ratings_to_split_have_one_clear_line(tmp_path: Path) -> None:
         ({"dataset": "movielens-10k"}, UnknownNameError, "Did you mean 'movielens-100k'"),
         ({"split": "random"}, ValueError, "must be 'temporal' or 'pairs', got 'random'"),
         ({"scale": (5, 1)}, ValueError, "scale must be a lowest and a highest rating"),
+        ({"scale": "15"}, ValueError, "scale must be a lowest and a highest rating, got '15'"),
         ({"scale": 5}, ValueError, "scale must be a lowest and a highest rating, got 5"),
         ({"scale": (1, 2, 3)}, ValueError, "scale must be a lowest and a highest rating"),
         ({"scale": (1, math.inf)}, ValueError, "scale must be a lowest and a highest rating"),

@@ -463,6 +463,12 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "has no text of the licence 'mit', so nothing was sent",
     ),
+    "no text of a licence that looks like one of Creative Commons": (
+        lambda folder: edit(
+            folder / CARD_FILE, "weights_license: apache-2.0", "weights_license: cc-by-xx-4.0"
+        ),
+        "has no text of the licence 'cc-by-xx-4.0', so nothing was sent",
+    ),
     "no figure": (
         lambda folder: (folder / FIGURE).unlink(),
         f"shows {FIGURE}, which is not in .* so nothing was sent",
@@ -518,6 +524,38 @@ def test_arguments(
     with pytest.raises(ZooError, match=message):
         push(source, **options)
     assert sandbox.requests == []
+
+
+def test_every_weight_that_is_shipped_can_be_published(sandbox: Sandbox) -> None:
+    """Each with its card, figures and licence, before anybody says `zoo push --all`."""
+    found = publishing.push_all(dry_run=True)
+    assert [done.name for done in found] == list(cards.load_cards())
+    assert {done.name: done.error for done in found if done.error} == {}
+    assert all(FILES - {FIGURE, EVAL_RESULTS_FILE} <= set(done.sent) for done in found)
+    assert sandbox.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "address"),
+    [
+        ("cc-by-4.0", "Attribution 4.0", "by/4.0"),
+        ("cc-by-nc-4.0", "Attribution-NonCommercial 4.0", "by-nc/4.0"),
+        ("cc-by-nc-sa-4.0", "Attribution-NonCommercial-ShareAlike 4.0", "by-nc-sa/4.0"),
+    ],
+)
+def test_creative_commons_are_applied_by_reference(
+    sandbox: Sandbox, folder: Path, name: str, title: str, address: str
+) -> None:
+    edit(folder / CARD_FILE, "weights_license: apache-2.0", f"weights_license: {name}")
+    push(folder, REPO)
+    text = sandbox.repositories[REPO].contents()[LICENCE_FILE].decode()
+    assert f"{NAME} are licensed under the Creative Commons {title} International" in text
+    assert f"visit https://creativecommons.org/licenses/{address}/\n" in text
+    assert f"at https://creativecommons.org/licenses/{address}/legalcode\n" in text
+    assert text.endswith(f"SPDX-License-Identifier: {name.upper()}\n")
+    (folder / LICENCE_FILE).write_text("the whole of it")
+    push(folder, REPO)
+    assert sandbox.repositories[REPO].contents()[LICENCE_FILE] == b"the whole of it"
 
 
 def test_a_dry_run_says_all_and_sends_nothing(sandbox: Sandbox, folder: Path) -> None:

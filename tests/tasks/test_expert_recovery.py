@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from zoo import training
 from zoo.data.expert_recovery import ExpertRecoveryDataModule
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.dselect_k import GateConfig, RegressionConfig
 from zoo.tasks.expert_recovery import ExpertRecovery, match_experts, support_recovery
 
@@ -74,6 +74,16 @@ def test_data_are_a_function_of_the_seed_and_tasks_have_variance_one() -> None:
     noisy = first.draw(7, 4000)
     error = noisy.targets - first.truth.answers(noisy.inputs)
     assert float(error.std()) == pytest.approx(first.noise, rel=0.05)
+
+
+def test_true_experts_that_never_answer_are_refused() -> None:
+    """What is the same for all inputs cannot be scaled to a variance of one."""
+    options: dict[str, Any] = {"features": 1, "width": 1, "k": 1}
+    assert ExpertRecoveryDataModule(**options, seed=1).truth.heads.isfinite().all()
+    with pytest.raises(ValueError, match="a task are the same for all inputs with seed 53; take"):
+        _ = ExpertRecoveryDataModule(**options, seed=53).truth
+    with pytest.raises(ValueError, match=r"tasks must be a whole number, got 2\.5"):
+        ExpertRecoveryDataModule(tasks=2.5)  # type: ignore[arg-type]
 
 
 @given(n=st.integers(1, 6), tasks=st.integers(1, 5), seed=st.integers(0, 10))
@@ -161,6 +171,7 @@ def test_gates_find_true_experts_that_are_given(tmp_path: Path) -> None:
         (["model.network.gate.per_example=true"], "needs a static gate"),
         (["data.k=9"], "k must be from 1 to the number of experts, 4; got 9"),
         (["data.noise=-1"], "must not be negative, got -1"),
+        (["data.noise=.nan"], "noise must be finite, got nan"),
         (["data.tasks=0"], "tasks must be at least 1, got 0"),
     ],
 )
@@ -169,7 +180,62 @@ def test_bad_input_has_one_clear_line(overrides: list[str], message: str, tmp_pa
         training.fit(recipe(tmp_path), overrides, out=tmp_path / "run")
 
 
-def test_inputs_of_another_width_have_one_clear_line() -> None:
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(3, 4), r"^predict takes N x 10 numbers, got \(3, 4\)\.$"),
+        (torch.zeros(10), r"^predict takes N x 10 numbers, got \(10,\)\.$"),
+        ("abc", r"^Inputs must be numbers, got 'abc'\.$"),
+        (None, r"^Inputs must be numbers, got None\.$"),
+        ([[1.0] * 10, [1.0] * 9], r"^Inputs must be numbers, got \[\[1\.0, "),
+        (torch.full((1, 10), torch.nan), r"^Inputs must be finite in single precision; one is not"),
+        ([[1e300] * 10], r"^Inputs must be finite in single precision; one is not"),
+    ],
+)
+def test_inputs_that_are_none_have_one_clear_line(given: Any, message: str) -> None:
     module = ExpertRecovery(RegressionConfig(gate=GateConfig(kind="softmax")))
-    with pytest.raises(DataError, match=r"takes N x 10 numbers, got \(3, 4\)"):
-        module.predict(torch.zeros(3, 4))
+    with pytest.raises(DataError, match=message):
+        module.predict(given)
+
+
+@pytest.mark.parametrize("changes", [{"tasks": 4}, {"tasks": 1}, {"features": 4}])
+def test_data_of_another_shape_are_not_measured(changes: dict[str, int]) -> None:
+    """One task would otherwise stand for all, without a word."""
+    module = ExpertRecovery(RegressionConfig(gate=GateConfig(kind="softmax")))
+    data = ExpertRecoveryDataModule(**changes)
+    for one, other in ((module, data), (ExpertRecovery(RegressionConfig(num_tasks=3)), data)):
+        for protocol in one.protocols:
+            with pytest.raises(
+                ConfigError, match=r"but the network is for \d+: set model\.network"
+            ):
+                one.measure(other, protocol)
+    with pytest.raises(ValueError, match="estimate has 1 tasks, but truth has 2"):
+        support_recovery(torch.ones(1, 3), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_close_to_single(dtype: torch.dtype) -> None:
+    module = ExpertRecovery(RegressionConfig()).eval()
+    data = ExpertRecoveryDataModule()
+    inputs = data.test.inputs[:50]
+    expected = module.predict(inputs), module.measure(data, "error").value
+    module.to(dtype)
+    found = module.predict(inputs), module.measure(data, "error").value
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    assert module.measure(data, "active").n == 8
+
+
+def test_damaged_weights_answer_nothing() -> None:
+    module = ExpertRecovery(RegressionConfig()).eval()
+    with torch.no_grad():
+        module.network.towers.head.weight[3] = torch.nan
+    message = "^The model's outputs are not finite"
+    with pytest.raises(ZooError, match=message):
+        module.predict(torch.zeros(1, 10))
+    with pytest.raises(ZooError, match=message):
+        module.measure(ExpertRecoveryDataModule(), "error")
+    with torch.no_grad():
+        module.network.gate.codes.bias[0] = torch.nan  # type: ignore[union-attr, index, operator]
+    with pytest.raises(ZooError, match=r"^The model's weights of experts are not finite"):
+        module.measure(ExpertRecoveryDataModule(), "recovery")

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+import zoo
 from tests.pairs import HELD_OUT, PICTURES, write_pictures
 from zoo import checkpoints, evaluation, intervals, training
-from zoo.data.image_pairs import compose
+from zoo.data.image_pairs import ImagePairDataModule, compose
 from zoo.data.pictures import ImagePreprocessing
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.dselect_k import ImagePairConfig
@@ -110,6 +112,45 @@ def test_predictions_are_names_of_both_pictures(run: training.Run, model: Any) -
             assert prediction.probabilities == pytest.approx(best.values.tolist())
     one = model.predict((canvases[0, 0].clamp(max=1) * 255).to(torch.uint8))
     assert len(one) == 1
+
+
+def write_own_pictures(folder: Path) -> Path:
+    """Pictures of three classes with names of their own, each bright in rows of its own."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 6)):
+        for row, name in enumerate(("cat", "dog", "fox")):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 60, (28, 28), dtype=np.uint8)
+                pixels[9 * row : 9 * row + 4] = 250
+                Image.fromarray(pixels).save(folder / part / name / f"{index}.png")
+    return folder
+
+
+def test_other_classes_get_a_fresh_head_and_their_names(run: training.Run, tmp_path: Path) -> None:
+    """That head is the one that `zoo.load` makes for as many classes."""
+    own = write_own_pictures(tmp_path / "own")
+    data = ImagePairDataModule(path=str(own), holdout=6, batch_size=20)
+    options: dict[str, Any] = {"epochs": 1, "accelerator": "cpu", "progress_bar": False}
+    tuned: Any = zoo.finetune(
+        run.checkpoint, data, out=tmp_path / "run", freeze="encoder", lr=1e-9, **options
+    )
+    assert tuned.preprocessing.classes == ("cat", "dog", "fox")
+    assert set(tuned.predict(torch.zeros(36, 36))[0].labels) <= {"cat", "dog", "fox"}
+    (measured, *_) = tuned.finetuned.after
+    assert (measured.protocol, measured.n) == ("test", 2 * 2 * 18)
+    loaded: Any = zoo.load(tuned.finetuned.checkpoint)
+    assert loaded.measure(data, "test").value == pytest.approx(measured.value)
+    head = zoo.load(run.checkpoint, num_classes=3, seed=0).network.state_dict()
+    for name, tensor in loaded.network.state_dict().items():
+        # At such a learning rate nothing moves far.
+        torch.testing.assert_close(tensor, head[name], rtol=0.0, atol=1e-6)
+    other = ImagePairDataModule(path=str(own), holdout=6, size=20)
+    message = r"have 28 pixels a side, .* for 36: set model\.network\.size=28 or data\.size=28$"
+    with pytest.raises(ConfigError, match=message):
+        loaded.measure(other, "test")
+    with pytest.raises(ConfigError, match=message):
+        zoo.finetune(run.checkpoint, other, out=tmp_path / "other", **options)
 
 
 def test_what_the_gates_do_is_logged_over_the_training(run: training.Run) -> None:

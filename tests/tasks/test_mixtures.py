@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.examples import give_preprocessing
-from zoo import exporting
+from zoo import checkpoints, exporting
 from zoo.families.dselect_k import GateConfig, ImagePairConfig, RecommenderConfig
 from zoo.tasks.image_pairs import ImagePairClassifier
 from zoo.tasks.recommendation import FactorisationRecommender, Recommender
@@ -22,6 +22,25 @@ def modules() -> list[Any]:
         ImagePairClassifier(ImagePairConfig(size=20, channels=(3,), expert_widths=(4,))),
         FactorisationRecommender(),
     ]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_pruned_model_is_saved_and_loaded(index: int, hard: bool, tmp_path: Path) -> None:
+    module = modules()[index].eval()
+    give_preprocessing(module)
+    with torch.no_grad():
+        module.network.gate.codes.bias.copy_(module.network.gate.codes.bias.sign())
+    inputs = module.exportable(7, torch.Generator().manual_seed(1)).inputs.values()
+    with torch.no_grad():
+        expected = module.network(*inputs).outputs
+    module.network = module.network.pruned(hard=hard)
+    checkpoints.save(module, tmp_path / "pruned")
+    loaded = checkpoints.load(tmp_path / "pruned")
+    kept = loaded.network.moe.experts.num_experts  # type: ignore[union-attr]
+    assert kept == loaded.config.num_experts < module.config.num_experts
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.network(*inputs).outputs, expected)
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,13 +19,14 @@ from torchmetrics.retrieval import RetrievalNormalizedDCG
 
 from tests import tiny
 from zoo import cards, checkpoints, controls, evaluation, training
-from zoo.data.ratings import RatingsDataModule
+from zoo.data.ratings import RatingsDataModule, read_movielens, read_ratings_csv
 from zoo.errors import ConfigError, DataError, UnknownNameError, ZooError
 from zoo.families.dselect_k import (
     MatrixFactorisationConfig,
     RecommenderConfig,
     RecommenderNet,
 )
+from zoo.tasks import recommendation
 from zoo.tasks.recommendation import Catalogue, FactorisationRecommender, Recommender
 
 USERS, ITEMS = 24, 20
@@ -281,6 +283,24 @@ def test_a_diverged_model_is_not_ranked(run: training.Run, broken: float) -> Non
             module.recommend(**who)  # type: ignore[arg-type]
 
 
+def test_a_diverged_model_says_nothing() -> None:
+    message = r"^The model's {} are not finite: its training diverged, or .* are damaged\.$"
+    module = untrained()
+    with torch.no_grad():
+        module.network.users.weight[0] = math.nan
+    with pytest.raises(ZooError, match=message.format("outputs")):
+        module.predict([("2", "10"), ("1", "10")])
+    with pytest.raises(ZooError, match=message.format("outputs")):
+        module.explain("1", "10")
+    assert module.predict([("2", "10")])[0].rating is not None, "another user is as before"
+    for row in (0, 2):
+        module = untrained()
+        with torch.no_grad():
+            module.network.items.weight[row] = math.inf
+        with pytest.raises(ZooError, match=message.format("vectors of items")):
+            module.similar_items("10")
+
+
 def test_pairs_are_measured_by_their_losses(tmp_path: Path) -> None:
     data = RatingsDataModule(path=str(write_ratings(tmp_path)), split="pairs")
     module = untrained()
@@ -406,6 +426,54 @@ def test_someone_new_is_known_by_what_they_like(model: Any) -> None:
     assert all(parameter.grad is None for parameter in model.network.parameters())
 
 
+def fold_in(module: Any, liked: list[int]) -> Any:
+    """Scores of all items for someone new, in double precision, by a loop over items."""
+    net = copy.deepcopy(module.network).double().eval()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    mean = net.users.weight.mean(0)
+    offset = torch.zeros_like(mean, requires_grad=True)
+    optimizer = torch.optim.Adam([offset], lr=0.05)
+
+    def scores() -> torch.Tensor:
+        rows = [torch.cat((mean + offset, item)) for item in net.items.weight]
+        return net.towers(net.moe(torch.stack(rows)).features)[:, 0, 0]
+
+    for _ in range(100):
+        optimizer.zero_grad()
+        every = scores()
+        loss = F.softplus(-every[liked]).mean() + F.softplus(every).mean()
+        (loss + 0.01 * offset.square().sum()).backward()
+        optimizer.step()
+    return scores().detach()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_someone_new_gets_the_same_list_in_any_precision(run: training.Run, dtype: str) -> None:
+    liked = [title(item) for item in (1, 4, 7)]
+    reference: Any = checkpoints.load(run.checkpoint)
+    places = [reference.catalogue.items.index(f"i{item}") for item in (1, 4, 7)]
+    expected = fold_in(reference, places).sigmoid()
+    model: Any = checkpoints.load(run.checkpoint, dtype=dtype)
+    for entry in model.recommend(liked=liked, k=ITEMS):
+        wanted = float(expected[model.catalogue.items.index(entry.item)])
+        assert entry.score == pytest.approx(wanted, abs=1e-3 if dtype == "float32" else 0.03)
+
+
+def test_models_are_used_and_loaded_in_inference_mode(run: training.Run, model: Any) -> None:
+    expected = model.recommend(liked=["i1", "i4"]), model.recommend("u1", exclude_seen=False)
+    with torch.inference_mode():
+        loaded: Any = checkpoints.load(run.checkpoint)
+        made = Recommender(loaded.config, preprocessing=loaded.catalogue).eval()
+        made.network.load_state_dict(loaded.network.state_dict())
+        for module in (model, loaded, made):
+            found = module.recommend(liked=["i1", "i4"]), module.recommend("u1", exclude_seen=False)
+            assert found == expected
+    for module in (loaded, made):
+        assert module.recommend(liked=["i1", "i4"]) == expected[0]
+    loaded.network.users.weight.sum().backward()  # it can be trained as any other
+
+
 def test_the_command_lists_items(run: training.Run) -> None:
     said = tiny.run("recommend", run.checkpoint, "--liked", "Comedy 1", "--k", 3, "--json")
     assert said.status == 0
@@ -422,6 +490,25 @@ def test_the_command_lists_items(run: training.Run) -> None:
         "What users have rated is not part of a checkpoint: add --include-seen, and it is not left "
         "out.\n"
     )
+
+
+def test_the_command_shows_titles_of_others_in_one_line_each(tmp_path: Path) -> None:
+    """A configuration that was downloaded could draw on a terminal, or forge rows."""
+    titles = ("Alien\n13  Babe", "\x1b[2Jgone\x07", "a\u2028b\u202ec", "Café  \t noir")
+    catalogue = dataclasses.replace(untrained().catalogue, titles=titles)
+    module = Recommender(untrained().config, preprocessing=catalogue).eval()
+    checkpoints.save(module, tmp_path / "odd")
+    said = tiny.run("recommend", tmp_path / "odd", "--user", "1", "--include-seen")
+    assert said.status == 0
+    shown = {line[: line.index("  0.")].rstrip() for line in said.out.splitlines()[1:]}
+    assert shown == {
+        "10    Alien 13 Babe",
+        "11    ?[2Jgone?",
+        "12    a b?c",
+        "13    Café noir",
+    }
+    said = tiny.run("recommend", tmp_path / "odd", "--user", "1", "--include-seen", "--json")
+    assert {entry["title"] for entry in said.json} == set(titles), "as they are"
 
 
 def test_similar_items_are_by_the_cosine_of_their_vectors(model: Any) -> None:
@@ -459,6 +546,61 @@ def test_items_are_found_by_id_title_or_a_part_that_fits_one() -> None:
     for given in ("12", 12, "Babe", "babe", "ab"):
         assert module.catalogue.items[module._item(given)] == "12"
     assert module._item("Alien") == 0, "a whole title goes before a part of one"
+
+
+def test_items_of_one_title_are_told_apart_by_their_ids() -> None:
+    catalogue = dataclasses.replace(
+        untrained().catalogue, titles=("Chasing Amy", "Babe", "chasing amy", "Babette")
+    )
+    module = Recommender(untrained().config, preprocessing=catalogue).eval()
+    for given in ("Chasing Amy", "amy"):
+        with pytest.raises(UnknownNameError, match=r"fits 2 items: say '10' or '12'\.$"):
+            module._item(given)
+    with pytest.raises(UnknownNameError, match=r"fits 2 items: say 'Babe' or 'Babette'\.$"):
+        module._item("ab")
+    for said, place in (("10", 0), ("12", 2), ("Babe", 1), ("Babette", 3)):
+        assert module._item(said) == place
+
+
+def test_titles_that_are_attached_replace_ids_that_stand_in_for_them(tmp_path: Path) -> None:
+    path = write_ratings(tmp_path)
+    module = Recommender(RecommenderConfig(num_users=USERS, num_items=ITEMS))
+    module.bind(RatingsDataModule(path=str(path)))
+    assert module.catalogue.titles == (), "an id is no title"
+    advice = r"Titles are not at hand: attach\(\) ratings that were read with a title_column\.$"
+    ids = module.catalogue.items
+    for titles in ((), ids, ("Heat", *ids[1:])):  # the second is in folders of earlier versions
+        module.preprocessing = dataclasses.replace(module.catalogue, titles=titles)
+        module.attach(read_ratings_csv(path))
+        if titles[:1] != ("Heat",):
+            with pytest.raises(UnknownNameError, match=advice):
+                module.similar_items("Comedy 3")
+        module.attach(read_ratings_csv(path, title_column="title"))
+        own = tuple(title(int(name[1:])) for name in ids)
+        assert module.titles == (("Heat", *own[1:]) if titles[:1] == ("Heat",) else own)
+        assert module._item("Comedy 3") == ids.index("i3")
+
+
+def test_what_helps_against_missing_titles_of_a_known_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = dataclasses.replace(untrained().catalogue, titles=(), dataset="movielens-100k")
+    monkeypatch.setattr(recommendation, "have_movielens", lambda name: False)
+    module = Recommender(untrained().config, preprocessing=catalogue).eval()
+    with pytest.raises(UnknownNameError, match=r"put movielens-100k with its u\.item into \$ZOO_"):
+        module._item("Babe")
+    rows = [f"{user}\t{item}\t3\t0" for user in (1, 2, 3) for item in (10, 11, 12, 13)]
+    (tmp_path / "u.data").write_text("\n".join(rows) + "\n")
+    module.attach(read_movielens("movielens-100k", tmp_path))
+    with pytest.raises(UnknownNameError, match=r"put u\.item of movielens-100k beside its ratings"):
+        module._item("Babe")
+    flags = "|".join("0" * 19)
+    names = [
+        f"{item}|{name}|||x|{flags}" for item, name in zip((10, 12), ("Alien", "Babe"), strict=True)
+    ]
+    (tmp_path / "u.item").write_text("\n".join(names) + "\n")
+    module.attach(read_movielens("movielens-100k", tmp_path))
+    assert module._item("Babe") == 2
 
 
 def test_an_id_is_no_title_that_parts_of_can_be_found() -> None:

@@ -22,6 +22,7 @@ from zoo.errors import DataError, UnknownNameError, nearest
 
 __all__ = [
     "PAIR_SETS",
+    "SHIFT",
     "ImagePairDataModule",
     "PairBatch",
     "compose",
@@ -30,7 +31,7 @@ __all__ = [
 PAIR_SETS = {"multi-mnist": "mnist", "multi-fashion-mnist": "fashion-mnist"}
 """Name of a set of pairs -> the set that its pictures are of."""
 
-_SHIFT = 8
+SHIFT = 8
 """Pixels between the corners of the two pictures."""
 _EVALUATION_BATCH = 1000
 _PARTNER_SEEDS = {"train": 0, "validation": 1, "test": 2}
@@ -55,9 +56,9 @@ def compose(first: Tensor, second: Tensor) -> Tensor:
             f"{first.dtype} and {tuple(second.shape)} {second.dtype}."
         )
     batch, channels, height, width = first.shape
-    canvas = torch.zeros(batch, channels, height + _SHIFT, width + _SHIFT, device=first.device)
+    canvas = torch.zeros(batch, channels, height + SHIFT, width + SHIFT, device=first.device)
     canvas[:, :, :height, :width] = first.float()
-    canvas[:, :, _SHIFT:, _SHIFT:] += second.float()
+    canvas[:, :, SHIFT:, SHIFT:] += second.float()
     return canvas.div_(255.0) if first.dtype == torch.uint8 else canvas
 
 
@@ -203,13 +204,13 @@ class ImagePairDataModule(pl.LightningDataModule):
         """What a network trained on these canvases is to be told."""
         single = self.pictures.preprocessing
         # Of the sum of two independent pictures that cover the same share of the canvas.
-        share = single.size[0] * single.size[1] / ((single.size[0] + _SHIFT) ** 2)
+        share = single.size[0] * single.size[1] / ((single.size[0] + SHIFT) ** 2)
         mean = 2 * share * single.mean[0]
         square = 2 * share * (single.std[0] ** 2 + single.mean[0] ** 2)
-        overlap = ((single.size[0] - _SHIFT) / (single.size[0] + _SHIFT)) ** 2
+        overlap = ((single.size[0] - SHIFT) / (single.size[0] + SHIFT)) ** 2
         square += 2 * overlap * single.mean[0] ** 2
         return ImagePreprocessing(
-            size=(single.size[0] + _SHIFT, single.size[1] + _SHIFT),
+            size=(single.size[0] + SHIFT, single.size[1] + SHIFT),
             channels=1,
             mean=(round(mean, 4),),
             std=(round((square - mean**2) ** 0.5, 4),),

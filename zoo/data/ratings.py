@@ -10,6 +10,7 @@ import functools
 import math
 import numbers
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from zoo.errors import DataError, UnknownNameError, nearest
 
 __all__ = [
     "RATING_SETS",
+    "TITLE_FILES",
     "RatingBatch",
     "Ratings",
     "RatingsDataModule",
@@ -39,6 +41,12 @@ __all__ = [
 
 RATING_SETS = ("movielens-100k", "movielens-1m", "movielens-latest-small")
 """The known sets of ratings."""
+TITLE_FILES = {
+    "movielens-100k": "u.item",
+    "movielens-1m": "movies.dat",
+    "movielens-latest-small": "movies.csv",
+}
+"""File of each that has the titles; ratings are read without it too."""
 
 _EVALUATION_BATCH = 8192
 _ROUNDS = 50
@@ -124,7 +132,9 @@ def _scale(scale: object) -> tuple[float, float]:
         ValueError: it is not a lowest and a highest rating.
     """
     try:
-        low, high = (float(end) for end in scale)  # type: ignore[attr-defined]
+        # A text of two digits would be two numbers.
+        ends = () if isinstance(scale, (str, bytes)) else scale
+        low, high = (float(end) for end in ends)  # type: ignore[attr-defined]
         if -math.inf < low < high < math.inf:
             return low, high
     except (TypeError, ValueError):
@@ -147,6 +157,12 @@ def _check_columns(*columns: str | None) -> None:
             )
 
 
+def _as_number(name: str) -> str:
+    """An id without what leaves its number the same, as in 01 or 1.0; others as they are."""
+    found = re.fullmatch(r"0*(\d+)(?:\.0*)?", name, re.ASCII)
+    return name if found is None else found[1]
+
+
 def _build(
     rows: Sequence[Sequence[str]],
     where: str,
@@ -161,8 +177,8 @@ def _build(
 
     Raises:
         DataError: there is no row, or one is incomplete, no number, off the scale or a duplicate,
-            or an id differs from an earlier one in blanks alone; the text has its number in
-            `lines`, by default from 1 on.
+            or an id differs from an earlier one in blanks alone, or as `01` and `1.0` do from `1`;
+            the text has its number in `lines`, by default from 1 on.
     """
     if not rows:
         raise DataError(f"{where} holds no ratings.")
@@ -174,11 +190,12 @@ def _build(
         if len(row) < 3 or not (row[0].strip() and row[1].strip()):
             raise DataError(f"{where}, line {line}: expected a user, an item and a rating.")
         for column, what in enumerate(("user", "item")):
-            earlier = spelt.setdefault((column, row[column].strip()), row[column])
+            earlier = spelt.setdefault((column, _as_number(row[column].strip())), row[column])
             if earlier != row[column]:
+                blanks = earlier.strip() == row[column].strip()
                 raise DataError(
                     f"{where}, line {line}: {what} {row[column]!r} was {earlier!r} before; write "
-                    "it with the same blanks, or none."
+                    f"it {'with the same blanks, or none' if blanks else 'the same way'}."
                 )
         try:
             values.append(float(row[2]))
@@ -749,11 +766,12 @@ class RatingsDataModule(pl.LightningDataModule):
         return _joined([pairs, drawn])
 
     def val_dataloader(self) -> DataLoader[RatingBatch]:
-        """The pairs of the validation part in order; of several processes each takes its share,
-        in as many batches."""
+        """The pairs of the validation part, of each kind as many in every batch; of several
+        processes each takes its share, in as many batches."""
         pairs, (rank, world) = self.pairs("validation"), self._process
         total = len(pairs.users)
         count = math.ceil(math.ceil(total / world) / _EVALUATION_BATCH)
-        rows = torch.arange(rank, total, world).tensor_split(count)
-        batches = [pairs.rows(part) for part in rows]
+        rows = torch.arange(rank, total, world)
+        # Positives come before negatives, and what gates do is looked at in the first batch.
+        batches = [pairs.rows(rows[first::count]) for first in range(count)]
         return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]

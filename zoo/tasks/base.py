@@ -133,6 +133,11 @@ class ZooModule(pl.LightningModule):
         """The network that is measured, used and published: an average of weights, perhaps."""
         return self.network
 
+    @property
+    def published_config(self) -> Any:
+        """What `published_network` is rebuilt from; `config` unless the network has changed."""
+        return self.config
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode for a while; then each module is in the mode that it was in.
@@ -313,7 +318,7 @@ class ZooModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain JSON: the file stays loadable with weights_only=True and says how to rebuild.
-        checkpoint["zoo_network"] = to_json(self.config)
+        checkpoint["zoo_network"] = to_json(self.published_config)
         checkpoint["zoo_seed"] = self._fit_seed
         if self.preprocessing is not None:
             checkpoint["zoo_preprocessing"] = to_json(self.preprocessing)

@@ -15,7 +15,7 @@ from zoo.data.expert_recovery import ExpertRecoveryDataModule, RegressionBatch
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.dselect_k import RegressionConfig, RegressionNet
 from zoo.families.dselect_k.gates import ACTIVE_TOLERANCE
-from zoo.tasks.base import Exportable, Measurement, count_macs
+from zoo.tasks.base import Exportable, Measurement, as_numbers, count_macs, finite
 from zoo.tasks.mixtures import MixtureModule
 from zoo.tasks.optimization import OptimizerConfig
 
@@ -67,7 +67,12 @@ def support_recovery(estimate: Tensor, truth: Tensor, matched: bool = True) -> R
         truth: true weights, T x any number; where the numbers differ, experts without weight are
             added to the fewer.
         matched: match experts first; otherwise expert i is true expert i.
+
+    Raises:
+        ValueError: they are of other numbers of tasks.
     """
+    if len(estimate) != len(truth):
+        raise ValueError(f"estimate has {len(estimate)} tasks, but truth has {len(truth)}")
     count = max(estimate.shape[1], truth.shape[1])
     aligned, truth = (F.pad(w.double(), (0, count - w.shape[1])) for w in (estimate, truth))
     if matched:
@@ -180,9 +185,15 @@ class ExpertRecovery(MixtureModule):
 
     @torch.no_grad()
     def recovery(self, datamodule: ExpertRecoveryDataModule) -> Recovery:
-        """Compare the supports of the gate with the true ones."""
+        """Compare the supports of the gate with the true ones.
+
+        Raises:
+            ConfigError: the data have other tasks or inputs.
+            ZooError: a weight is not finite.
+        """
+        self._check_fit(datamodule)
         with self.evaluating():
-            weights = self.network.gate().weights[0].cpu()
+            weights = finite(self.network.gate().weights[0].cpu(), "weights of experts")
         return support_recovery(weights, datamodule.truth.mixture, not self.true_experts)
 
     @torch.no_grad()
@@ -192,12 +203,14 @@ class ExpertRecovery(MixtureModule):
         Sampling units are test examples for the error, and tasks for the rest.
 
         Raises:
-            ZooError: there is no such protocol.
+            ZooError: there is no such protocol, or an output is not finite.
+            ConfigError: the data have other tasks or inputs.
         """
         if protocol not in self.protocols:
             raise ZooError(
                 f"Unknown protocol {protocol!r}; choose one of {', '.join(self.protocols)}."
             )
+        self._check_fit(datamodule)
         if protocol == "error":
             test = datamodule.test
             outputs = self._outputs(test.inputs)
@@ -220,17 +233,21 @@ class ExpertRecovery(MixtureModule):
         """Answers of all tasks, N x T, of inputs N x p.
 
         Raises:
-            DataError: the inputs have another shape.
+            DataError: the inputs are no finite numbers, or have another shape.
+            ZooError: an output is not finite.
         """
-        x = torch.as_tensor(inputs, dtype=torch.float32)
+        x = as_numbers(inputs, "Inputs").float()
         if x.ndim != 2 or x.shape[1] != self.config.in_features:
             raise DataError(
                 f"predict takes N x {self.config.in_features} numbers, got {tuple(x.shape)}."
             )
+        if not x.isfinite().all():
+            raise DataError("Inputs must be finite in single precision; one is not.")
         return self._outputs(x)
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         """Answers N x T of the network, on the CPU."""
+        dtype = next(self.network.parameters()).dtype
         with self.evaluating():
-            outputs: Tensor = self.network(inputs.to(self.device)).outputs
-        return outputs.cpu()
+            outputs: Tensor = self.network(inputs.to(self.device, dtype)).outputs
+        return finite(outputs.float().cpu())

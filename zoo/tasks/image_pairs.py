@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from zoo.data.image_pairs import ImagePairDataModule, PairBatch
+from zoo.data.image_pairs import SHIFT, ImagePairDataModule, PairBatch
 from zoo.data.pictures import ImagePreprocessing
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.families.dselect_k import ImagePairConfig, ImagePairNet
@@ -95,6 +95,7 @@ class ImagePairClassifier(MixtureModule):
     # ---------------------------------------------------------------- training
 
     def _check_fit(self, preprocessing: ImagePreprocessing) -> None:
+        """Compare what canvases are with what the network takes."""
         for what, have, field in (
             ("classes", len(preprocessing.classes), "num_classes"),
             ("channels", preprocessing.channels, "in_channels"),
@@ -102,16 +103,31 @@ class ImagePairClassifier(MixtureModule):
         ):
             takes = getattr(self.config, field)
             if have != takes:
+                # Pictures of a folder can be made to fit a network that is trained already.
+                sized = field == "size" and takes > SHIFT
+                other = f" or data.size={takes - SHIFT}" if sized else ""
                 raise ConfigError(
                     f"The canvases have {have} {what}, but the network is for {takes}: "
-                    f"set model.network.{field}={have}"
+                    f"set model.network.{field}={have}{other}"
                 )
+
+    def bind(self, datamodule: ImagePairDataModule) -> None:
+        """Take what canvases are, and the names of the classes, from a data module.
+
+        Raises:
+            ConfigError: the data have another number of classes or channels, or another size.
+        """
+        self._check_fit(datamodule.preprocessing)
+        self.preprocessing = datamodule.preprocessing
+
+    def take_preprocessing(self, preprocessing: Any, datamodule: Any) -> None:
+        """Canvases and classes are those of the data, whatever the base knows."""
+        self.bind(datamodule)
 
     def on_fit_start(self) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ImagePairDataModule):
-            self._check_fit(datamodule.preprocessing)
-            self.preprocessing = datamodule.preprocessing
+            self.bind(datamodule)
         super().on_fit_start()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
@@ -156,6 +172,7 @@ class ImagePairClassifier(MixtureModule):
         Raises:
             ZooError: there is no such protocol, or a logit is not finite.
             DataError: the data have other classes.
+            ConfigError: the canvases are of another size.
         """
         if protocol not in self.protocols:
             raise ZooError(
@@ -165,6 +182,7 @@ class ImagePairClassifier(MixtureModule):
         known = self._known_preprocessing()
         if datamodule.preprocessing.classes != known.classes:
             raise DataError("The classes of the data are not those of the model.")
+        self._check_fit(datamodule.preprocessing)
         right = []
         for batch in track(datamodule.test_dataloader(), "canvases"):
             answers = self._classify(batch.images).argmax(-1)

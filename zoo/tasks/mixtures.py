@@ -22,6 +22,12 @@ class MixtureModule(ZooModule):
 
     task_names: tuple[str, ...]
 
+    @property
+    def published_config(self) -> Any:
+        """See `ZooModule.published_config`; a network that was pruned brings its own along."""
+        own = getattr(self.network, "config", None)
+        return own if type(own) is type(self.config) else self.config
+
     def _exportable(self, inputs: dict[str, Tensor]) -> Exportable:
         """The outputs as a function of tensors; experts that no task uses are left out."""
         network = self.network

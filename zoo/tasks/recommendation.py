@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from zoo.data.ratings import (
     RATING_SETS,
+    TITLE_FILES,
     RatingBatch,
     Ratings,
     RatingsDataModule,
@@ -231,8 +234,8 @@ class Recommender(MixtureModule):
             users=ratings.user_ids,
             items=ratings.item_ids,
             scale=ratings.scale,
-            # MovieLens may not be passed on; a user's own titles are theirs.
-            titles=() if known else ratings.titles,
+            # MovieLens may not be passed on; a user's own titles are theirs. Ids are no titles.
+            titles=() if known or ratings.titles == ratings.item_ids else ratings.titles,
             dataset=datamodule.dataset if known else "",
         )
         self._check_fit(catalogue)
@@ -508,10 +511,15 @@ class Recommender(MixtureModule):
     @property
     def titles(self) -> tuple[str, ...]:
         """Title of each item; the id where titles are not at hand."""
-        if self.catalogue.titles:
-            return self.catalogue.titles
-        ratings = self.ratings
-        return self.catalogue.items if ratings is None else ratings.titles
+        items = self.catalogue.items
+        stored = self.catalogue.titles or items
+        # Where an id stands in for a title, what is attached may know better.
+        if all(map(operator.ne, stored, items)) or (ratings := self.ratings) is None:
+            return stored
+        return tuple(
+            theirs if own == name else own
+            for own, theirs, name in zip(stored, ratings.titles, items, strict=True)
+        )
 
     def _user(self, user: str | int) -> int:
         try:
@@ -527,9 +535,10 @@ class Recommender(MixtureModule):
 
         A title that is no more than the id has no part that would tell an item.
         """
-        name, titles = str(item), self.titles
+        name = str(item)
         if name in self.catalogue.items:
             return self.catalogue.items.index(name)
+        titles = self.titles
         folded = [title.lower() for title in titles]
         found = [i for i, title in enumerate(folded) if title == name.lower()]
         found = found or [
@@ -540,7 +549,10 @@ class Recommender(MixtureModule):
         if len(found) == 1:
             return found[0]
         if found:
-            some = " or ".join(repr(titles[i]) for i in found[:3])
+            # Ids tell apart what has one title.
+            distinct = len({folded[i] for i in found}) == len(found)
+            names = titles if distinct else self.catalogue.items
+            some = " or ".join(repr(names[i]) for i in found[:3])
             raise UnknownNameError(f"{name!r} fits {len(found)} items: say {some}.")
         hint = nearest(name, titles)
         if titles == self.catalogue.items:
@@ -548,6 +560,15 @@ class Recommender(MixtureModule):
         raise UnknownNameError(f"No item {name!r} among {len(titles)}.{hint}")
 
     def _where_titles(self) -> str:
+        dataset = self.catalogue.dataset
+        if not dataset:
+            return "attach() ratings that were read with a title_column."
+        file = TITLE_FILES[dataset]
+        if self.ratings is None:
+            return f"put {dataset} with its {file} into $ZOO_DATA_DIR, or attach() its ratings."
+        return f"put {file} of {dataset} beside its ratings, and load the model again."
+
+    def _where_ratings(self) -> str:
         if self.catalogue.dataset:
             return f"put {self.catalogue.dataset} into $ZOO_DATA_DIR, or attach() its ratings."
         return "attach() the ratings that the model was trained on."
@@ -562,6 +583,7 @@ class Recommender(MixtureModule):
         Raises:
             DataError: there is no pair, or something that is none.
             UnknownNameError: an id or a title is not known.
+            ZooError: an output is not finite.
         """
         given = _in_a_list(pairs)
         if given is None:
@@ -570,12 +592,12 @@ class Recommender(MixtureModule):
         if not listed:
             raise DataError("predict got no pairs of a user and an item.")
         users, items = torch.tensor(listed).T
-        outputs = self._outputs(users, items)
+        outputs, titles = finite(self._outputs(users, items)), self.titles
         return [
             PairPrediction(
                 user=self.catalogue.users[user],
                 item=self.catalogue.items[item],
-                title=self.titles[item],
+                title=titles[item],
                 watch=values.get("watch"),
                 rating=values.get("rate"),
             )
@@ -625,7 +647,8 @@ class Recommender(MixtureModule):
         k = check_count("k", k)
         if (user is None) == (liked is None):
             raise ConfigError("recommend needs a user or a list of liked items, and not both.")
-        with self.evaluating():
+        # A vector is fitted by gradients, which inference mode would not record.
+        with torch.inference_mode(False), self.evaluating():
             if liked is not None:
                 named = _in_a_list(liked)
                 if not named:
@@ -641,15 +664,15 @@ class Recommender(MixtureModule):
                 with torch.no_grad():
                     vector = self.network.user_vectors(torch.tensor([index], device=self.device))
             with torch.no_grad():
-                outputs = self._of_all_items(vector).float().cpu()
+                outputs = self._of_all_items(vector, self.network).float().cpu()
         scores = finite(self._score(outputs), "scores").clone()
         if exclude_seen:
             scores[seen] = -math.inf
-        best = scores.sort(descending=True, stable=True).indices[:k]
+        best, titles = scores.sort(descending=True, stable=True).indices[:k], self.titles
         return [
             Recommendation(
                 item=self.catalogue.items[item],
-                title=self.titles[item],
+                title=titles[item],
                 score=values.get("watch", values.get("rate", 0.0)),
                 rating=values.get("rate"),
             )
@@ -662,35 +685,40 @@ class Recommender(MixtureModule):
         if ratings is None:
             raise DataError(
                 "What users have rated is not part of a checkpoint: "
-                f"{self._where_titles()} Or pass exclude_seen=False."
+                f"{self._where_ratings()} Or pass exclude_seen=False."
             )
         return ratings.items[ratings.users == user]
 
-    def _of_all_items(self, user: Tensor) -> Tensor:
+    def _of_all_items(self, user: Tensor, network: Any) -> Tensor:
         """Outputs I x T for one user's vector, 1 x D."""
         count = len(self.catalogue.items)
-        items = self.network.item_vectors(torch.arange(count, device=self.device))
-        outputs: Tensor = self.network.of_vectors(user.expand(count, -1), items).outputs
+        items = network.item_vectors(torch.arange(count, device=self.device))
+        outputs: Tensor = network.of_vectors(user.expand(count, -1), items).outputs
         return outputs
 
     def _fold_in(self, liked: Tensor) -> Tensor:
         """Vector 1 x D of someone who likes some items: from the mean user's, by gradient, so that
         the liked items score high among all; kept near the mean user by decay."""
+        network = _differentiable(self.network)
         everyone = torch.arange(len(self.catalogue.users), device=self.device)
         with torch.no_grad():
-            mean = self.network.user_vectors(everyone).mean(0, keepdim=True)
+            vectors = network.user_vectors(everyone)
+            # In half precision the steps would be lost in rounding, and their squares in zero.
+            mean = vectors.float().mean(0, keepdim=True)
         offset = torch.zeros_like(mean, requires_grad=True)
         optimizer = torch.optim.Adam([offset], _FOLD_IN_RATE)
         liked = liked.to(self.device)
         with torch.enable_grad():
             for _ in range(_FOLD_IN_STEPS):
-                scores = self._score(self._of_all_items(mean + offset)).float()
+                vector = (mean + offset).to(vectors.dtype)
+                scores = self._score(self._of_all_items(vector, network)).float()
                 # As many draws of liked items as of others: every item stands for the average one.
                 loss = F.softplus(-scores[liked]).mean() + F.softplus(scores).mean()
                 loss = loss + _FOLD_IN_DECAY * offset.square().sum()
                 (offset.grad,) = torch.autograd.grad(loss, offset)
                 optimizer.step()
-        return mean + offset.detach()
+        fitted: Tensor = (mean + offset.detach()).to(vectors.dtype)
+        return fitted
 
     @torch.no_grad()
     def similar_items(self, item: str | int, k: int = 10) -> list[SimilarItem]:
@@ -703,19 +731,19 @@ class Recommender(MixtureModule):
         Raises:
             ConfigError: `k` is no positive whole number.
             UnknownNameError: the id or title is not known.
+            ZooError: a vector is not finite.
         """
         k = check_count("k", k)
         index = self._item(item)
         every = torch.arange(len(self.catalogue.items), device=self.device)
         with self.evaluating():
-            vectors = F.normalize(self.network.item_vectors(every).float(), dim=1)
+            vectors = finite(self.network.item_vectors(every).float(), "vectors of items")
+        vectors = F.normalize(vectors, dim=1)
         cosines = (vectors @ vectors[index]).cpu()
         cosines[index] = -math.inf
-        best = cosines.topk(min(k, len(cosines) - 1))
+        best, titles = cosines.topk(min(k, len(cosines) - 1)), self.titles
         return [
-            SimilarItem(
-                item=self.catalogue.items[i], title=self.titles[i], similarity=min(value, 1.0)
-            )
+            SimilarItem(item=self.catalogue.items[i], title=titles[i], similarity=min(value, 1.0))
             for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
@@ -725,7 +753,7 @@ class Recommender(MixtureModule):
 
         Raises:
             UnknownNameError: an id or title is not known.
-            ZooError: the model has no experts.
+            ZooError: the model has no experts, or an output or a weight is not finite.
         """
         if not isinstance(self.network, MultiTaskNet):
             raise ZooError("This model has no experts to explain by.")
@@ -733,9 +761,10 @@ class Recommender(MixtureModule):
         users, items = (torch.tensor([index], device=self.device) for index in pair)
         with self.evaluating():
             output = self.network(users, items)
-        values = self._readable(output.outputs[0].float().cpu())
+        values = self._readable(finite(output.outputs[0].float().cpu()))
+        routing = finite(output.routing.weights[0].float().cpu(), "weights of experts")
         tasks = []
-        for task, weights in zip(self.task_names, output.routing.weights[0], strict=True):
+        for task, weights in zip(self.task_names, routing, strict=True):
             used = {i: float(w) for i, w in enumerate(weights.tolist()) if w > 0}
             heaviest = dict(sorted(used.items(), key=lambda pair: -pair[1]))
             tasks.append(TaskExplanation(task=task, value=values[task], experts=heaviest))
@@ -745,6 +774,12 @@ class Recommender(MixtureModule):
             title=self.titles[pair[1]],
             tasks=tuple(tasks),
         )
+
+
+def _differentiable(network: nn.Module) -> Any:
+    """A network that gradients can pass through: a copy, where it was made in inference mode."""
+    tensors = (*network.parameters(), *network.buffers())
+    return copy.deepcopy(network) if any(t.is_inference() for t in tensors) else network
 
 
 def _in_a_list(several: Any) -> list[Any] | None:

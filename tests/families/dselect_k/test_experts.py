@@ -203,6 +203,18 @@ def test_pruning_keeps_what_is_used_and_the_output(bank_of: str, hard: bool) -> 
     assert bank.num_experts == 8, "the original is left alone"
 
 
+@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize("dispatch", ["auto", "dense", "sparse"])
+def test_a_gate_sees_as_many_examples_as_the_experts(rows: int, dispatch: Any) -> None:
+    moe = MixtureOfExperts(mlp(4), TopKGate(4, 1, num_tasks=2, in_features=3)).double()
+    x = torch.randn(4, WIDTH).double()
+    with pytest.raises(ValueError, match=rf"row for each example of x, got shapes \({rows}, 3\)"):
+        moe(x, torch.randn(rows, 3), dispatch=dispatch)
+    assert moe(x, torch.randn(4, 3), dispatch=dispatch).features.shape[:2] == (4, 2)
+    static = MixtureOfExperts(mlp(4), TopKGate(4, 1, num_tasks=2)).double()
+    assert static(x, torch.randn(rows, 3)).features.shape[:2] == (4, 2), "it sees nothing"
+
+
 def test_a_per_example_gate_cannot_be_pruned() -> None:
     layer = MixtureOfExperts(mlp(4), DSelectK(4, 2, in_features=WIDTH))
     with pytest.raises(ValueError, match="only a static gate can be pruned"):
@@ -300,6 +312,10 @@ def test_a_gate_without_weight_on_experts_cannot_be_pruned() -> None:
     [
         (lambda: MLPExperts(0, 3, (2,)), "num_experts must be at least 1, got 0"),
         (lambda: MLPExperts(2, 3, ()), "at least one layer"),
+        (
+            lambda: MLPExperts(2, 3, 4),  # type: ignore[arg-type]
+            "^widths must be a list of the width of each layer, got 4$",
+        ),
         (lambda: MLPExperts(2, 3, (-1,)), "^a width must be at least 1, got -1$"),
         (lambda: MLPExperts(2, 0, (3,)), "^in_features must be at least 1, got 0$"),
         (lambda: ConvExperts(-1, 1, 36), "^num_experts must be at least 1, got -1$"),

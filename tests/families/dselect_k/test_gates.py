@@ -256,6 +256,18 @@ def test_the_penalty_is_finite_where_all_weight_is_on_missing_codes() -> None:
     assert torch.isfinite(gate.codes.bias.grad).all()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_gates_add_is_finite_in_half_precision(dtype: torch.dtype) -> None:
+    gate = DSelectK(5, 1, missing_codes="penalty", entropy=0.1)
+    saturate(gate, [[0, 1, 1]])  # all weight is lost, and half precision has no room for 1e6
+    expected = gate.regulariser(gate())
+    gate.to(dtype)
+    loss = gate.regulariser(gate())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
+    loss.backward()
+    assert torch.isfinite(gate.codes.bias.grad).all()  # type: ignore[arg-type]
+
+
 def test_a_folded_code_is_the_expert_without_its_top_bit() -> None:
     gate = DSelectK(5, 1)
     saturate(gate, [[0, 1, 1]])  # code 6 stands for expert 2
@@ -481,6 +493,8 @@ def test_every_gate_reports_every_task(kind: Any, per_example: bool, n: int) -> 
         (lambda: TopKGate(8, True), "^k must be a whole number, got True$"),
         (lambda: SoftmaxGate(8, num_tasks=2.0), "^num_tasks must be a whole number"),  # type: ignore[arg-type]
         (lambda: SoftmaxGate(8, in_features="3"), "^in_features must be a whole number"),  # type: ignore[arg-type]
+        (lambda: DSelectK(8, gamma=None), "^gamma must be a number, got None$"),  # type: ignore[arg-type]
+        (lambda: DSelectK(8, entropy="1"), "^entropy must be a number, got '1'$"),  # type: ignore[arg-type]
         (lambda: DSelectK(8, gamma=math.inf), "^gamma must be finite, got inf$"),
         (lambda: DSelectK(8, entropy=-1.0), "^entropy must not be negative, got -1.0$"),
         (lambda: DSelectK(8, penalty=-1.0), "^penalty must not be negative, got -1.0$"),

@@ -126,6 +126,8 @@ class MLPExperts(ExpertBank):
         super().__init__()
         check_at_least_1("num_experts", num_experts)
         check_at_least_1("in_features", in_features)
+        if not isinstance(widths, Sequence):
+            raise ValueError(f"widths must be a list of the width of each layer, got {widths!r}")
         if not widths:
             raise ValueError("experts need at least one layer, got no widths")
         for width in widths:
@@ -345,7 +347,18 @@ class MixtureOfExperts(nn.Module):
             gate_input: what a per-example gate sees, B x p.
             hard: with the hardened gate.
             dispatch: see `mix`.
+
+        Raises:
+            ValueError: a per-example gate sees another number of examples than the experts.
         """
+        if not self.gate.is_static and gate_input is not None:
+            # The sizes of a compiled or exported graph are symbols, which the products compare.
+            compiling = torch.compiler.is_compiling()
+            if not compiling and gate_input.shape[:1] != x.shape[:1]:
+                raise ValueError(
+                    f"gate_input must have a row for each example of x, got shapes "
+                    f"{tuple(gate_input.shape)} and {tuple(x.shape)}"
+                )
         routing = self.gate(gate_input, hard=hard)
         if dispatch == "auto" and self.gate.training and not self.gate.exact_zeros:
             dispatch = "dense"

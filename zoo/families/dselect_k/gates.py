@@ -223,7 +223,14 @@ def check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
 
 
+def _check_number(name: str, value: Any) -> None:
+    # Numbers of numpy and of torch are numbers too; texts and None are none.
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
 def _check_positive(name: str, value: float) -> None:
+    _check_number(name, value)
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
     if value == math.inf:
@@ -231,6 +238,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _check_weight(name: str, value: float) -> None:
+    _check_number(name, value)
     if value < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
     if not math.isfinite(value):
@@ -329,9 +337,11 @@ class DSelectK(Gate):
 
     def regulariser(self, routing: Routing, progress: float = 1.0) -> Tensor:
         """Entropy and penalty, where they have a weight."""
-        r = routing.selectors
-        assert r is not None
-        total = super().regulariser(routing)
+        assert routing.selectors is not None
+        # In half precision a lost code of weight 0 would add infinity.
+        lower = routing.selectors.dtype.itemsize < 4
+        r = routing.selectors.float() if lower else routing.selectors
+        total = r.new_zeros(())
         rows = max(len(r), 1)
         if self.entropy:
             weight = self.entropy * (progress if self.entropy_schedule == "linear" else 1.0)

@@ -199,7 +199,8 @@ class RecommenderConfig:
     dropout: float = 0.2
     """Dropout of experts and towers, in [0, 1)."""
     gate: GateConfig = _GATE
-    """The gates; per example, they see the two embeddings."""
+    """The gates; per example, they see what the experts see: the embeddings, and with `product`
+    their product."""
     rating_centre: float = 3.5
     """What a rating is predicted relative to: the middle of the scale, or the mean."""
     user_features: int = 0
