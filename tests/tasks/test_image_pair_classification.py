@@ -136,11 +136,16 @@ def test_other_classes_get_a_fresh_head_and_their_names(run: training.Run, tmp_p
         run.checkpoint, data, out=tmp_path / "run", freeze="encoder", lr=1e-9, **options
     )
     assert tuned.preprocessing.classes == ("cat", "dog", "fox")
+    base = zoo.load(run.checkpoint).preprocessing
+    assert (tuned.preprocessing.mean, tuned.preprocessing.std) == (base.mean, base.std)
+    fresh = ImagePairDataModule(path=str(own), holdout=6)
+    assert fresh.preprocessing.mean != base.mean, "what is kept is not what the data have"
     assert set(tuned.predict(torch.zeros(36, 36))[0].labels) <= {"cat", "dog", "fox"}
     (measured, *_) = tuned.finetuned.after
     assert (measured.protocol, measured.n) == ("test", 2 * 2 * 18)
     loaded: Any = zoo.load(tuned.finetuned.checkpoint)
-    assert loaded.measure(data, "test").value == pytest.approx(measured.value)
+    assert loaded.measure(fresh, "test").value == pytest.approx(measured.value)
+    assert fresh.preprocessing == loaded.preprocessing, "canvases are normalised as in training"
     head = zoo.load(run.checkpoint, num_classes=3, seed=0).network.state_dict()
     for name, tensor in loaded.network.state_dict().items():
         # At such a learning rate nothing moves far.

@@ -199,9 +199,10 @@ class ImagePairDataModule(pl.LightningDataModule):
             data_dir=self.data_dir,
         )
 
-    @property
+    @functools.cached_property
     def preprocessing(self) -> ImagePreprocessing:
-        """What a network trained on these canvases is to be told."""
+        """What a network trained on these canvases is to be told; one that is trained already puts
+        its own here, by which canvases are normalised."""
         single = self.pictures.preprocessing
         # Of the sum of two independent pictures that cover the same share of the canvas.
         share = single.size[0] * single.size[1] / ((single.size[0] + SHIFT) ** 2)

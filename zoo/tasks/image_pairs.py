@@ -112,16 +112,23 @@ class ImagePairClassifier(MixtureModule):
                 )
 
     def bind(self, datamodule: ImagePairDataModule) -> None:
-        """Take what canvases are, and the names of the classes, from a data module.
+        """Agree with a data module on preprocessing.
+
+        A module without any takes that of the data. One that has, as a pretrained one, keeps its
+        statistics, tells the data module so, and takes the names of the classes.
 
         Raises:
             ConfigError: the data have another number of classes or channels, or another size.
         """
-        self._check_fit(datamodule.preprocessing)
-        self.preprocessing = datamodule.preprocessing
+        data = datamodule.preprocessing
+        self._check_fit(data)
+        if self.preprocessing is not None:
+            data = dataclasses.replace(self.preprocessing, classes=data.classes)
+            datamodule.preprocessing = data
+        self.preprocessing = data
 
     def take_preprocessing(self, preprocessing: Any, datamodule: Any) -> None:
-        """Canvases and classes are those of the data, whatever the base knows."""
+        super().take_preprocessing(preprocessing, datamodule)
         self.bind(datamodule)
 
     def on_fit_start(self) -> None:
@@ -183,6 +190,7 @@ class ImagePairClassifier(MixtureModule):
         if datamodule.preprocessing.classes != known.classes:
             raise DataError("The classes of the data are not those of the model.")
         self._check_fit(datamodule.preprocessing)
+        datamodule.preprocessing = known  # by which canvases are normalised
         right = []
         for batch in track(datamodule.test_dataloader(), "canvases"):
             answers = self._classify(batch.images).argmax(-1)
