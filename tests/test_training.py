@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import inspect
 import logging
 import os
 import shutil
@@ -19,7 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.payloads import PAYLOADS
-from tests.tiny import ROOT, SEGMENT, SHRUNK, run, write_recipe, write_text
+from tests.tiny import ROOT, SEGMENT, SHRUNK, run, write_pictures, write_recipe, write_text
 from zoo import checkpoints, figures, training
 from zoo.cards import shipped_folder
 from zoo.errors import CheckpointError, ConfigError, DataError, UnknownNameError, ZooError
@@ -241,6 +243,32 @@ def test_every_data_module_can_be_imported() -> None:
     for name, reference in DATA_MODULES.items():
         assert issubclass(training._import(reference), pl.LightningDataModule), name
     assert "text" in DATA_MODULES
+
+
+@pytest.mark.parametrize("name", DATA_MODULES)
+def test_a_recipe_can_say_what_every_data_module_is(name: str, recipe: Path) -> None:
+    """Its options lead to the same one again, through YAML, and it is set up as others are."""
+    data_class = training._import(DATA_MODULES[name])
+    made = data_class(seed=3)
+    found, options = training.options_of(made)
+    assert found == name
+    assert options["seed"] == 3
+    assert options.keys() == inspect.signature(data_class).parameters.keys()
+    stored = yaml.safe_load(yaml.safe_dump(options))
+    other = dataclasses.replace(read_recipe(recipe), data=name, options={"data": stored})
+    assert training.options_of(training.data_module(other)) == (name, options)
+    assert inspect.signature(made.setup).parameters["stage"].default is None
+    if name in ("densities", "expert-recovery", "spirals"):  # the others read files
+        made.setup()
+        assert len(made.train_dataloader()) > 0
+
+
+def test_a_run_folder_in_a_folder_of_pictures_is_refused(tmp_path: Path) -> None:
+    """It would be taken for a class, by a recipe as by a fine-tuning."""
+    pictures = write_pictures(tmp_path / "pictures")
+    with pytest.raises(ConfigError, match=r"^The run folder .*run lies in the data .*pictures, "):
+        fit("ode-resnet.mnist", [f"data.path={pictures}"], out=pictures / "run")
+    assert {path.name for path in pictures.iterdir()} == {"dark", "light"}
 
 
 def test_the_data_of_a_recipe_alone(recipe: Path) -> None:

@@ -293,6 +293,17 @@ class Card:
 # --- finding -------------------------------------------------------------------------------------
 
 
+def holds(card: Card, folder: Path) -> bool:
+    """Whether a checkpoint folder has the network of a card, byte for byte."""
+    records = [r for r in card.files if r.name in (files.CONFIG_FILE, files.WEIGHTS_FILE)]
+    try:
+        for record in records:
+            record.read(folder)
+    except CheckpointError:
+        return False
+    return bool(records)
+
+
 def shipped_folder(name: str) -> Path:
     """Where this installation has its `model_cards` or `recipes`.
 

@@ -461,6 +461,10 @@ def _checked_folder(folder: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"There is no checkpoint folder {folder}.")
     if not (folder / WEIGHTS_FILE).exists():
+        if (folder / "checkpoint" / WEIGHTS_FILE).is_file():
+            raise CheckpointError(
+                f"{folder} is a run folder; its weights are in {folder / 'checkpoint'}."
+            )
         for path in sorted(folder.iterdir()):
             if path.suffix in _PICKLE_SUFFIXES:
                 raise _pickle_error(path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import cards, checkpoints, files, hub, training
 from zoo.cards import Card, Control, Measurements, Result
-from zoo.errors import CheckpointError, ConfigError, ZooError
+from zoo.errors import CheckpointError, ConfigError, DataError, ZooError
 from zoo.intervals import (
     RESAMPLES,
     bootstrap_interval,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Evaluation",
     "Outcome",
+    "command_of",
     "evaluate",
     "evaluate_module",
     "measure",
@@ -223,6 +224,7 @@ def evaluate(
     module = checkpoints.load(folder, files=None if card is None else card.files)
     recipe = _recipe(folder)
     datamodule = training.data_module(recipe, data_dir)
+    _check_there(recipe, datamodule)
     if diagnose and not module.has_diagnostics:
         module.diagnose(datamodule)  # says that there are none, before anything is measured
     outcomes = evaluate_module(module, datamodule, protocols)
@@ -366,7 +368,7 @@ def record(
             outcome,
             recipe,
             seeds=(int(seed),),
-            command=f"zoo evaluate {weight}",
+            command=command_of(folder, recipe, weight),
             cpu_minutes=facts.get("cpu_minutes"),
             primary=index == 0,
         )
@@ -394,6 +396,34 @@ def _recipe(folder: Path) -> training.Recipe:
             f"{folder} has no {files.RECIPE_FILE}, so the data to measure it on are not known."
         )
     return training.read_recipe(folder / files.RECIPE_FILE)
+
+
+def _check_there(recipe: training.Recipe, datamodule: Any) -> None:
+    """Check that data of the user's own are where they are looked for.
+
+    Raises:
+        DataError: they are not; says whose path it is, and what to give.
+    """
+    path = getattr(datamodule, "path", None)
+    if path and not Path(path).expanduser().exists():
+        raise DataError(
+            f"There is no {path}, which the recipe says this weight was trained on; give as "
+            f"--data-dir a folder that has {training.data_name(recipe)!r}."
+        )
+
+
+def command_of(folder: Path, recipe: training.Recipe, weight: str) -> str:
+    """The command that measures a weight again.
+
+    One that was fine-tuned is known by its folder, unless the package has it too; of an absolute
+    path no more than the end is told.
+    """
+    card = cards.load_cards().get(weight)
+    if recipe.finetune is None or (card is not None and cards.holds(card, folder)):
+        return f"zoo evaluate {weight}"
+    path, here = folder.absolute(), Path.cwd()
+    near = path.relative_to(here) if path.is_relative_to(here) else Path(*path.parts[-2:])
+    return f"zoo evaluate {near}"
 
 
 def read_results(folder: Path) -> Measurements | None:
@@ -429,7 +459,6 @@ def as_result(
 
     None: measured now, with those in use.
     """
-    dataset = recipe.options.get("data", {})
     return Result(
         metric=outcome.metric,
         value=outcome.value,
@@ -441,7 +470,7 @@ def as_result(
         seed_spread=seed_spread,
         tolerance=FLOAT_TOLERANCE * abs(outcome.value),
         protocol=outcome.protocol,
-        dataset=str(dataset.get("path") or dataset.get("dataset", recipe.data)),
+        dataset=training.data_name(recipe),
         split=outcome.split,
         command=command,
         date=datetime.date.today().isoformat(),

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -92,21 +93,52 @@ def digest(path: Path, suffixes: Collection[str] = ()) -> str:
 
     Args:
         path: The file or the folder.
-        suffixes: Of the files in a folder that count, in lower case; none for all. Hidden ones, and
-            those in hidden folders, never do.
+        suffixes: Of the files in a folder that count, see `files_below`.
 
     Raises:
         CheckpointError: When a file cannot be read.
     """
     found = hashlib.sha256()
-    listed = [path]
-    if path.is_dir():
-        listed = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p, path)]
-        listed = [p for p in listed if not suffixes or p.suffix.lower() in suffixes]
-    for file in listed:
+    for file in files_below(path, suffixes) if path.is_dir() else [path]:
         content = read_bytes(file)
         found.update(f"{file.relative_to(path).as_posix()} {len(content)} ".encode() + content)
     return found.hexdigest()
+
+
+def files_below(folder: Path, suffixes: Collection[str] = ()) -> list[Path]:
+    """Files in a folder and those below it, in order.
+
+    Links to folders are followed, but none that leads back to where it lies. A link to nothing is
+    among the files, so that whoever reads them says so.
+
+    Args:
+        folder: The folder.
+        suffixes: Of the files that count, in lower case; none for all. Hidden ones, and those in
+            hidden folders, never do.
+    """
+    found: list[Path] = []
+    pending: list[tuple[Path, tuple[Path, ...]]] = [(folder, ())]
+    while pending:
+        here, above = pending.pop()
+        real = here.resolve()
+        if real in above:
+            continue
+        try:
+            inside = [path for path in here.iterdir() if not path.name.startswith(".")]
+        except OSError:  # a folder of somebody else
+            continue
+        for path in inside:
+            if path.is_dir():
+                pending.append((path, (*above, real)))
+            elif path.is_file() or (path.is_symlink() and not path.exists()):
+                found.append(path)
+    return sorted(path for path in found if not suffixes or path.suffix.lower() in suffixes)
+
+
+def named(path: str | os.PathLike[str]) -> Path:
+    """A path of which the last part is a name, and not nothing or `..`; a link keeps its own."""
+    path = Path(path).expanduser()
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def is_hidden(path: Path, below: Path) -> bool:

@@ -8,8 +8,10 @@ the base, the data, and what was measured before and after on samples that were 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -44,6 +46,11 @@ _TASKS = {
     "language-modeling": "text",
 }
 """Task -> the kind of data that it is fine-tuned on."""
+
+_SEEDS = 2**32
+"""How many seeds Lightning knows."""
+
+_TAG = re.compile(r"[A-Za-z0-9]+(?:[-._][A-Za-z0-9]+)*")
 
 _NULLS = ("null", "Null", "NULL", "~")
 """Words that YAML reads as nothing."""
@@ -143,6 +150,7 @@ def finetune(
     """
     from zoo.tasks.recommendation import Recommender  # here, since few need it
 
+    _check_arguments(seed, freeze, target, progress_bar, overrides, data_license)
     if type(epochs) is not int or epochs < 1:
         raise ConfigError(f"epochs must be an integer of at least 1, got {epochs!r}")
     if num_classes is not None:
@@ -165,6 +173,8 @@ def finetune(
     if str(options.get("path")).strip() in _NULLS:  # which a recipe would take for none
         options["path"] = f"./{options['path']}"
     tag = _slug(name or _source(options) or kind)
+    if name is None and f"{entry.name}.{tag}" in cards.load_cards():
+        tag = f"{tag}-tuned"  # the data are those of a weight of the zoo, which keeps its name
     folder = Path("runs") / f"{entry.name}.{tag}" if out is None else Path(out).expanduser()
     in_memory = not isinstance(model, (str, os.PathLike))
     trainer = {
@@ -200,7 +210,7 @@ def finetune(
         },
         "model": {
             **inherited,
-            "network": to_json(base.config),
+            "network": _network(base),
             "optimizer": {
                 "name": "adamw",
                 "lr": lr,
@@ -213,12 +223,27 @@ def finetune(
         "data": options,
     }
     recipe = training.make_recipe(values, overrides, Path(f"{tag}.yaml"), is_file=False)
+    _check_recipe(recipe, entry)
+    training.check_apart(folder, recipe)
+    begun = (folder / "last.ckpt").exists()
+    if begun and not (folder / _BEFORE).is_file():
+        raise ConfigError(
+            f"{folder} holds a training that no fine-tuning began, without {_BEFORE}; choose "
+            f"another `out`."
+        )
     datamodule = training.data_module(recipe)
-    datamodule.setup()
-    recipe.options["model"]["network"].update(_sizes(base, datamodule, num_classes))
+    datamodule.setup("fit")
+    _check_channels(base, datamodule, label)
+    sizes = _sizes(base, datamodule, num_classes)
+    for override in overrides:
+        key = override.partition("=")[0].removeprefix("model.network.")
+        if key in sizes and recipe.options["model"]["network"].get(key) != sizes[key]:
+            raise ConfigError(
+                f"{override}: the data have {sizes[key]}, and they decide; leave it out."
+            )
+    recipe.options["model"]["network"].update(sizes)
 
     # The recipe says where base and data are, and not what is there.
-    begun = (folder / "last.ckpt").exists() and (folder / _BEFORE).is_file()
     own, learned = checkpoints.digest(base), _digest_of_data(recipe)
     known = files.read_json(folder / _BEFORE) if begun else {}
     if known.get("base", own) != own:
@@ -237,7 +262,8 @@ def finetune(
             values = {"base": own, "data": learned, "outcomes": outcomes}
             files.write_json(folder / _BEFORE, values)
 
-    done = training.fit(recipe, out=folder, resume=True, base=base, prepared=prepared)
+    # The learning rate follows the number of epochs: with more of them the first would be others.
+    done = training.fit(recipe, out=folder, resume=True, base=base, prepared=prepared, longer=False)
     first = _is_first_process()
     module: ZooModule = checkpoints.load(done.checkpoint) if first else done.module
     if isinstance(module, Recommender):
@@ -249,9 +275,74 @@ def finetune(
     stored = files.read_json(folder / _BEFORE)["outcomes"]
     before = tuple(build(Outcome, outcome, str(folder / _BEFORE)) for outcome in stored)
     finished = FineTuned(folder=folder, checkpoint=done.checkpoint, before=before, after=after)
-    _record(finished, recipe, label, card and _resized(card, base, module), data_license, seed)
+    _record(finished, recipe, label, card and _resized(card, base, module), data_license)
     module.finetuned = finished
     return module
+
+
+def _check_arguments(
+    seed: Any, freeze: Any, target: Any, progress_bar: Any, overrides: Any, data_license: Any
+) -> None:
+    """Check what no recipe would check, or would check too late.
+
+    Raises:
+        ConfigError: an argument is of another kind, or the seed out of range.
+    """
+    if check_count("seed", seed, 0) >= _SEEDS:
+        raise ConfigError(f"seed must be less than 2**32, got {seed}")
+    for key, value in (("freeze", freeze), ("target", target)):
+        if value is not None and not isinstance(value, str) and not _is_texts(value):
+            raise ConfigError(f"{key} must be a text or a list of texts, got {value!r:.60}")
+    if not isinstance(progress_bar, bool):
+        raise ConfigError(f"progress_bar must be True or False, got {progress_bar!r:.60}")
+    if not _is_texts(overrides):
+        raise ConfigError(
+            f"overrides must be a list, as ['data.batch_size=16'], got {overrides!r:.60}"
+        )
+    if not isinstance(data_license, str):
+        raise ConfigError(f"data_license must be a text, got {data_license!r:.60}")
+
+
+def _is_texts(value: Any) -> bool:
+    """Whether something is a list or a tuple of texts."""
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _check_recipe(recipe: training.Recipe, entry: Architecture) -> None:
+    """Check what overrides have made of the recipe.
+
+    Raises:
+        ConfigError: the weight would have a name that is none or of the zoo's, or nothing would be
+            trained.
+    """
+    tag = recipe.weight.removeprefix(f"{entry.name}.")
+    if tag == recipe.weight or not _TAG.fullmatch(tag):
+        raise ConfigError(
+            f"The weight cannot be called {recipe.weight!r}: zoo.weight must be "
+            f"{entry.name}.NAME, with a name such as my-data."
+        )
+    if recipe.weight in cards.load_cards():
+        raise ConfigError(f"{recipe.weight} is a weight of the zoo; choose another name for yours.")
+    trainer = recipe.options.get("trainer", {})
+    if trainer.get("fast_dev_run"):
+        raise ConfigError(
+            "trainer.fast_dev_run keeps no weights, so nothing could be measured: leave it out, or "
+            "set trainer.max_steps."
+        )
+    for key in ("max_epochs", "max_steps", "max_time", "limit_train_batches"):
+        if key in trainer and _is_nothing(trainer[key]):
+            raise ConfigError(
+                f"trainer.{key}={trainer[key]} leaves nothing to train; leave it out."
+            )
+
+
+def _is_nothing(length: Any) -> bool:
+    """Whether a number, or a time as Lightning takes it, is zero."""
+    if isinstance(length, dict):
+        return not any(length.values())
+    if isinstance(length, str):
+        return not length.strip("0: ")
+    return length is not None and not isinstance(length, bool) and length == 0
 
 
 def _is_first_process() -> bool:
@@ -304,8 +395,20 @@ def _base(model: str | os.PathLike[str] | ZooModule) -> _Base:
         weight, options = trained.weight, trained.options.get("model", {})
         inherited = {key: options[key] for key in options if key not in _NOT_INHERITED}
     if Path(source).is_dir():
-        title = weight or architecture_of(type(module)).name
+        ours = cards.load_cards().get(weight)
+        # The name of a weight of the zoo is believed of its very files only.
+        believed = weight if ours is None or cards.holds(ours, folder) else ""
+        title = believed or architecture_of(type(module)).name
     return _Base(module, source, title, card, inherited)
+
+
+def _network(base: ZooModule) -> dict[str, Any]:
+    """Arguments of the base's network, with the solver that is chosen now."""
+    from zoo.families.continuous_depth import ODEBlock  # here, since few need it
+
+    values = to_json(base.config)
+    blocks = [block for block in base.published_network.modules() if isinstance(block, ODEBlock)]
+    return {**values, "solver": to_json(blocks[0].solver)} if blocks else values
 
 
 def _sizes(base: ZooModule, datamodule: Any, num_classes: int | None) -> dict[str, int]:
@@ -329,6 +432,21 @@ def _sizes(base: ZooModule, datamodule: Any, num_classes: int | None) -> dict[st
             f"num_classes={have}, or none."
         )
     return {"num_classes": have}
+
+
+def _check_channels(base: ZooModule, datamodule: Any, label: str) -> None:
+    """Check that pictures have as many channels as the base takes, which no option can change.
+
+    Raises:
+        ConfigError: they have others.
+    """
+    takes = getattr(base.config, "in_channels", None)
+    have = getattr(getattr(datamodule, "preprocessing", None), "channels", None)
+    if None not in (takes, have) and takes != have:
+        advice = f"set data.channels={takes}" if datamodule.path else "take others"
+        raise ConfigError(
+            f"The pictures have {have} channels, and {label} takes {takes}: {advice}."
+        )
 
 
 # --- the data ------------------------------------------------------------------------------------
@@ -362,6 +480,8 @@ def _described(
     """Name and options of the data module."""
     if not isinstance(data, (str, os.PathLike)):
         return training.options_of(data)
+    if not os.fspath(data):
+        raise ConfigError("The path of the data is empty; give a file or a folder.")
     if entry.task not in _TASKS:
         raise ConfigError(
             f"{label} is for {entry.task}; give a data module of zoo.data, since no file or folder "
@@ -395,8 +515,14 @@ def _digest_of_data(recipe: training.Recipe) -> str | None:
 
 
 def _slug(name: str) -> str:
-    """A name in kebab case."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "mine"
+    """A name in kebab case; one in another script keeps apart from others by its digest."""
+    name = unicodedata.normalize("NFKD", name.lower())  # letters apart from their accents
+    name = "".join(letter for letter in name if not unicodedata.combining(letter))
+    plain = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    if not any(letter.isalnum() and not letter.isascii() for letter in name):
+        return plain or "mine"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{plain or 'mine'}-{digest}"
 
 
 def _source(options: dict[str, Any]) -> str:
@@ -406,7 +532,7 @@ def _source(options: dict[str, Any]) -> str:
     """
     if not options.get("path"):
         return str(options.get("dataset") or "")
-    path = Path(options["path"]).expanduser()
+    path = files.named(options["path"])
     return path.name if path.is_dir() else path.stem
 
 
@@ -423,21 +549,18 @@ def _record(
     base_model: str,
     base_card: Card | None,
     data_license: str,
-    seed: int,
 ) -> None:
     """Write results and card into the checkpoint folder."""
     facts = training.read_facts(done.folder)
+    command = evaluation.command_of(done.checkpoint, recipe, recipe.weight)
     results = tuple(
-        dataclasses.replace(
-            evaluation.as_result(
-                outcome,
-                recipe,
-                seeds=(seed,),
-                command=f"zoo evaluate {done.checkpoint}",
-                cpu_minutes=facts["cpu_minutes"],
-                primary=index == 0,
-            ),
-            dataset=_data_name(recipe),
+        evaluation.as_result(
+            outcome,
+            recipe,
+            seeds=(int(facts["seed"]),),
+            command=command,
+            cpu_minutes=facts["cpu_minutes"],
+            primary=index == 0,
         )
         for index, outcome in enumerate(done.after)
     )
@@ -477,13 +600,6 @@ def _resized(card: Card, base: ZooModule, module: ZooModule) -> Card:
     return dataclasses.replace(card, output=re.sub(logits, rf"\g<1>{now}", card.output))
 
 
-def _data_name(recipe: training.Recipe) -> str:
-    """The data in a word; of a path its last part, since the others are nobody's business."""
-    options = recipe.options["data"]
-    path = options.get("path")
-    return Path(path).name if path else str(options.get("dataset", recipe.data))
-
-
 def rows(done: FineTuned) -> list[list[str]]:
     """What was measured before and after, in words, one row for each protocol."""
     table = []
@@ -510,7 +626,7 @@ def _body(done: FineTuned, recipe: training.Recipe, base_model: str) -> str:
     return f"""
 # {recipe.weight}
 
-Fine-tuned from `{base_model}` on `{_data_name(recipe)}`: {learned}.
+Fine-tuned from `{base_model}` on `{training.data_name(recipe)}`: {learned}.
 
 On what was held out, with 95 % intervals for its sampling; before means the base, with a fresh head
 where the classes are others.

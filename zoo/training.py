@@ -32,7 +32,7 @@ import yaml
 from zoo.cards import shipped_folder
 from zoo.configs import build, to_json
 from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
-from zoo.files import CONFIG_FILE, NO_ROOM, WEIGHTS_FILE, write_bytes
+from zoo.files import CONFIG_FILE, NO_ROOM, WEIGHTS_FILE, is_hidden, named, write_bytes
 from zoo.registry import architecture
 from zoo.tuning.config import FineTuning
 
@@ -40,8 +40,10 @@ __all__ = [
     "DATA_MODULES",
     "Recipe",
     "Run",
+    "check_apart",
     "check_finished",
     "data_module",
+    "data_name",
     "find_recipe",
     "fit",
     "instantiate",
@@ -398,6 +400,28 @@ def _cli(recipe: Recipe, trainer: dict[str, Any], *, build: bool = True) -> Any:
         raise ConfigError(f"{recipe.where}{_one_line(error)}") from error
 
 
+def check_apart(folder: Path, recipe: Recipe) -> None:
+    """Check that a run folder does not lie among classes of pictures, of which it would be one.
+
+    Raises:
+        ConfigError: it does.
+        DataError: the pictures lie in no such folders as are read.
+    """
+    path = recipe.options.get("data", {}).get("path")
+    if not path or not Path(path).expanduser().is_dir():
+        return
+    from zoo.data.images import class_roots  # here, since it imports torch
+
+    roots = [Path(path).expanduser()] if recipe.data == "text-streams" else class_roots(path)
+    own = folder.resolve()
+    for root in (root.resolve() for root in roots):
+        if own.is_relative_to(root) and not is_hidden(own, root):
+            raise ConfigError(
+                f"The run folder {folder} lies in the data {path}, of which it would become a "
+                f"part; choose another `out`."
+            )
+
+
 def check_finished(recipe: Recipe, folder: Path) -> None:
     """Check that a finished run was made with the options of a recipe, where it says with which.
 
@@ -467,7 +491,8 @@ def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) 
 
     Args:
         recipe: what `read_recipe` gave.
-        data_dir: folder to look for the data in first.
+        data_dir: folder to look for the data in first; for the user's own, where they are no more
+            at the path of the recipe.
 
     Raises:
         ConfigError: an option of the section `data` is unknown or has a wrong value.
@@ -475,6 +500,10 @@ def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) 
     options = dict(recipe.options.get("data", {}))
     if data_dir is not None:
         options["data_dir"] = os.fspath(data_dir)
+        path = options.get("path")
+        if path and not Path(path).expanduser().exists():
+            moved = Path(data_dir).expanduser() / data_name(recipe)
+            options["path"] = str(moved) if moved.exists() else path
     data_class = _import(DATA_MODULES[recipe.data])
     known = inspect.signature(data_class).parameters
     for key in options:
@@ -490,6 +519,14 @@ def data_module(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) 
         raise ConfigError(f"{recipe.where}{error}") from None
 
 
+def data_name(recipe: Recipe) -> str:
+    """The data of a recipe in a word; of a path its last part, since the others are nobody's
+    business."""
+    options = recipe.options.get("data", {})
+    path = options.get("path")
+    return (path and named(path).name) or str(options.get("dataset", recipe.data))
+
+
 def options_of(datamodule: Any) -> tuple[str, dict[str, Any]]:
     """Name and options of a data module of the zoo, as the section `data` of a recipe has them.
 
@@ -499,15 +536,23 @@ def options_of(datamodule: Any) -> tuple[str, dict[str, Any]]:
     for name, reference in DATA_MODULES.items():
         if reference.partition(":")[2] == type(datamodule).__name__:
             known = inspect.signature(type(datamodule)).parameters
-            values = {key: getattr(datamodule, key) for key in known}
-            return name, {
-                key: to_json(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-                for key, value in values.items()
-            }
+            return name, {key: _option(datamodule, key) for key in known}
     raise ConfigError(
         f"{type(datamodule).__name__} is no data module of the zoo, so a recipe cannot name it; "
         f"use zoo.tuning in a Trainer of your own."
     )
+
+
+def _option(datamodule: Any, key: str) -> Any:
+    """An option of a data module as plain values; `stream` is kept as `stream_config`, since the
+    name is that of what it describes."""
+    configured = f"{key}_config"
+    value = getattr(datamodule, configured if hasattr(datamodule, configured) else key)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_json(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _one_line(error: BaseException) -> str:
@@ -559,6 +604,7 @@ def fit(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     folder = Path("runs") / recipe.path.stem if out is None else Path(out).expanduser()
+    check_apart(folder, recipe)
     last = folder / "last.ckpt"
     if not last.exists() and all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         raise ZooError(f"{folder} is a checkpoint folder; choose another --out folder for the run.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -508,6 +509,55 @@ def test_a_data_module(base: Path, four: Path, done: Any, tmp_path: Path) -> Non
     assert {key: options[key] for key in columns} == columns
 
 
+@pytest.mark.parametrize("name", ["continuous-flow", "latent-ode"])
+def test_models_of_made_data(name: str, tmp_path: Path) -> None:
+    from zoo.data.densities import DensityDataModule
+    from zoo.data.spirals import SpiralDataModule
+    from zoo.registry import architecture
+
+    module_class = architecture(name).module_class()
+    if name == "continuous-flow":
+        data: Any = DensityDataModule(batch_size=12, steps=2, test_points=20)
+        network = module_class.network_config(hidden=6, conditions=6)
+    else:
+        data = SpiralDataModule(count=8, batch_size=4)
+        network = module_class.network_config(hidden=6)
+    base = module_class(network=network)
+    module = zoo.finetune(base, data, epochs=1, out=tmp_path / "run", **QUICK)
+    assert evaluation.evaluate(module.finetuned.checkpoint).passed
+    old, new = base.network.state_dict(), module.network.state_dict()
+    assert any(not torch.equal(tensor, new[key]) for key, tensor in old.items())
+    again = zoo.finetune(base, data, epochs=1, out=tmp_path / "run", **QUICK)
+    assert again.finetuned.after == module.finetuned.after
+
+
+def test_the_solver_of_a_module_is_the_one_that_is_trained_with(tmp_path: Path) -> None:
+    from zoo.data.spirals import SpiralDataModule
+    from zoo.registry import architecture
+
+    module_class = architecture("latent-ode").module_class()
+    base: Any = module_class(network=module_class.network_config(hidden=6))
+    base.solver, base.steps = "midpoint", 2
+    data = SpiralDataModule(count=8, batch_size=4)
+    module: Any = zoo.finetune(base, data, epochs=1, out=tmp_path / "run", **QUICK)
+    stored: Any = zoo.load(module.finetuned.checkpoint)
+    for found in (module, stored):
+        assert (found.solver, found.steps) == ("midpoint", 2)
+        assert found.config.solver.method == "midpoint"
+
+
+def test_a_data_module_with_a_path_object(tmp_path: Path) -> None:
+    from zoo.data.text import TextDataModule
+    from zoo.tasks.language_modeling import LanguageModel
+
+    lm: Any = zoo.load(published.write_weight(tmp_path / "lm"))
+    assert isinstance(lm, LanguageModel)
+    data = TextDataModule(path=write_text(tmp_path, 60), segment=lm.config.segment, streams=4)  # type: ignore[arg-type]
+    module = zoo.finetune(lm, data, epochs=1, out=tmp_path / "run", **QUICK)
+    recipe = training.read_recipe(module.finetuned.checkpoint / "recipe.yaml")
+    assert recipe.options["data"]["path"] == str(tmp_path / "text.txt")
+
+
 # --- interrupted and resumed ---------------------------------------------------------------------
 
 _KILLED = """
@@ -556,11 +606,17 @@ def test_another_fine_tuning_does_not_go_on_with_it(done: Any, base: Path, four:
     assert weights(done.finetuned.checkpoint) == before
 
 
-def test_fewer_epochs_than_are_done(done: Any, base: Path, four: Path) -> None:
+def test_other_epochs_are_another_fine_tuning(done: Any, base: Path, four: Path) -> None:
     before = weights(done.finetuned.checkpoint)
-    with pytest.raises(ConfigError, match="has come to epoch 3 already, and max_epochs is 1"):
-        zoo.finetune(base, four, out=done.finetuned.folder, **{**IMAGES, "epochs": 1})
+    for epochs in (1, 4):
+        with pytest.raises(ConfigError) as caught:
+            zoo.finetune(base, four, out=done.finetuned.folder, **{**IMAGES, "epochs": epochs})
+        assert str(caught.value) == (
+            f"trainer.max_epochs was 3 for the run in {done.finetuned.folder}, and is {epochs}; "
+            "resume with the same options, or choose another --out folder."
+        )
     assert weights(done.finetuned.checkpoint) == before
+    assert training.read_facts(done.finetuned.folder)["epochs"] == 3
 
 
 def test_a_folder_whose_weights_have_changed_since_is_another_base(
@@ -616,6 +672,38 @@ def test_the_digest_of_a_folder_is_of_the_names_and_contents_of_its_visible_pict
     picture.write_bytes(b"other")
     seen.add(files.digest(folder, [".png"]))
     assert len(seen) == 4
+
+
+def test_the_digest_follows_links_as_the_reader_does(tmp_path: Path) -> None:
+    from zoo.data.pictures import read_image_folder
+
+    real = write_folder(tmp_path / "real", 6)
+    plain = shutil.copytree(real, tmp_path / "plain")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in CLASSES:
+        (linked / name).symlink_to(real / name)
+    (real / "left" / "back").symlink_to(linked)
+    (real / "left" / "itself").symlink_to(real / "left")
+    assert files.digest(linked, [".png"]) == files.digest(plain, [".png"])
+    split, classes = read_image_folder(linked, SIZE)
+    assert classes == CLASSES
+    assert torch.equal(split.images, read_image_folder(plain, SIZE)[0].images)
+    more = tmp_path / "more"
+    more.mkdir()
+    shutil.copy(next((real / "dark").iterdir()), more / "x.png")
+    (plain / "dark" / "more").symlink_to(more)
+    assert files.digest(plain, [".png"]) != files.digest(linked, [".png"])
+    assert len(read_image_folder(plain, SIZE)[0].images) == 7
+
+
+def test_the_digest_of_plain_folders_is_that_of_runs_that_have_begun(tmp_path: Path) -> None:
+    """It is kept in run folders: another one would refuse to go on with them."""
+    for name, content in (("b/2.png", b"two"), ("b/sub/1.png", b"one"), ("a b/3.PNG", b"3")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    parts = [b"a b/3.PNG 1 3", b"b/2.png 3 two", b"b/sub/1.png 3 one"]
+    assert files.digest(tmp_path, [".png"]) == hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -708,6 +796,12 @@ def damaged(folder: Path) -> Path:
     return folder
 
 
+def linked_to_nothing(folder: Path) -> Path:
+    pictures(folder, "a", "b")
+    (folder / "a" / "3.png").symlink_to(folder / "gone.png")
+    return folder
+
+
 def file(folder: Path, name: str, content: bytes) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
@@ -767,6 +861,42 @@ PICTURES = {
                "out must be the path of a folder, or None, got 5"),
     "override": (lambda f: pictures(f, "a", "b"), {"overrides": ["dta.x=1"]},
                  "Unknown section 'dta'"),
+    "one override": (lambda f: pictures(f, "a", "b"), {"overrides": "data.batch_size=8"},
+                     "overrides must be a list, as ['data.batch_size=16'], got 'data.batch_size"),
+    "no weight": (lambda f: pictures(f, "a", "b"), {"overrides": ["zoo.weight=foo"]},
+                  "The weight cannot be called 'foo': zoo.weight must be tiny-classifier.NAME, "),
+    "weight": (lambda f: pictures(f, "a", "b"), {"overrides": ["zoo.weight=tiny-classifier.x y"]},
+               "The weight cannot be called 'tiny-classifier.x y': zoo.weight must be "),
+    "nothing kept": (lambda f: pictures(f, "a", "b"), {"overrides": ["trainer.fast_dev_run=true"]},
+                     "trainer.fast_dev_run keeps no weights, so nothing could be measured: "),
+    "no batch": (lambda f: pictures(f, "a", "b"), {"overrides": ["trainer.limit_train_batches=0"]},
+                 "trainer.limit_train_batches=0 leaves nothing to train; leave it out."),
+    "no step": (lambda f: pictures(f, "a", "b"), {"overrides": ["trainer.max_steps=0"]},
+                "trainer.max_steps=0 leaves nothing to train; leave it out."),
+    "no time": (lambda f: pictures(f, "a", "b"), {"overrides": ["trainer.max_time=00:00:00:00"]},
+                "trainer.max_time=00:00:00:00 leaves nothing to train; leave it out."),
+    "other classes": (lambda f: pictures(f, "a", "b"),
+                      {"overrides": ["model.network.num_classes=7"]},
+                      "model.network.num_classes=7: the data have 2, and they decide; leave it"),
+    "channels": (lambda f: pictures(f, "a", "b"), {"overrides": ["data.channels=1"]},
+                 "The pictures have 1 channels, and tiny-classifier.made takes 3: set data.channe"),
+    "encoder and more": (lambda f: pictures(f, "a", "b"), {"freeze": ["encoder", "norm"]},
+                         "'encoder' stands for all but the head where it is given alone, and "),
+    "nothing to read": (lambda f: "", {}, "The path of the data is empty; give a file or a folder"),
+    "frozen number": (lambda f: pictures(f, "a", "b"), {"freeze": 5},
+                      "freeze must be a text or a list of texts, got 5"),
+    "target number": (lambda f: pictures(f, "a", "b"), {"adapters": "lora", "target": 5},
+                      "target must be a text or a list of texts, got 5"),
+    "seed in words": (lambda f: pictures(f, "a", "b"), {"seed": "1"},
+                      "seed must be a whole number, got '1'"),
+    "seed": (lambda f: pictures(f, "a", "b"), {"seed": -1}, "seed must be at least 0, got -1"),
+    "large seed": (lambda f: pictures(f, "a", "b"), {"seed": 2**32},
+                   "seed must be less than 2**32, got 4294967296"),
+    "bar": (lambda f: pictures(f, "a", "b"), {"progress_bar": "no"},
+            "progress_bar must be True or False, got 'no'"),
+    "licence": (lambda f: pictures(f, "a", "b"), {"data_license": None},
+                "data_license must be a text, got None"),
+    "dangling": (lambda f: linked_to_nothing(f), {}, "1 of 5 pictures cannot be read: "),
 }  # fmt: skip
 
 
@@ -912,6 +1042,157 @@ def test_models_that_are_not_fine_tuned_by_gradient(tmp_path: Path) -> None:
     flow = _untrained("continuous-flow", tmp_path)
     with pytest.raises(ConfigError, match=r"is for density-estimation; give a data module of zoo"):
         zoo.finetune(flow, tmp_path, **QUICK)
+
+
+def test_the_seed_of_an_override_is_the_one_that_is_recorded(
+    base: Path, four: Path, tmp_path: Path
+) -> None:
+    changed = [*IMAGES["overrides"], "seed_everything=5"]
+    short = {**IMAGES, "epochs": 1, "overrides": changed}
+    module = zoo.finetune(base, four, out=tmp_path / "run", **short)
+    measured = cards.read_measurements(module.finetuned.checkpoint / RESULTS_FILE)
+    assert {result.seeds for result in measured.results} == {(5,)}
+    assert measured.training["seed"] == 5
+
+
+def test_a_run_that_no_fine_tuning_began(base: Path, four: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.ckpt").write_bytes(b"of another training")
+    with pytest.raises(ConfigError, match=r"a training that no fine-tuning began, without before"):
+        zoo.finetune(base, four, out=tmp_path / "run", **IMAGES)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("out", [None, "new 0/run", "white", "."])
+def test_a_run_folder_among_the_classes_is_refused(
+    out: str | None, base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be a class without pictures to the next who reads the folder."""
+    monkeypatch.chdir(shutil.copytree(four, tmp_path / "mine"))
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(ConfigError, match=r"^The run folder .* lies in the data \., of which it"):
+        zoo.finetune(base, ".", out=out, **IMAGES)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_run_folder_beside_train_and_test_or_hidden_is_read_by_nobody(
+    base: Path, tmp_path: Path
+) -> None:
+    for part in ("train", "test"):
+        write_folder(tmp_path / part, 12)
+    write_folder(tmp_path / "classes", 12)
+    for data, out in ((tmp_path, "run"), (tmp_path / "classes", ".run")):
+        short = {**IMAGES, "epochs": 1, "out": data / out}
+        module = zoo.finetune(base, data, **short)
+        assert evaluation.evaluate(module.finetuned.checkpoint).passed
+        assert zoo.finetune(base, data, **short).finetuned.after == module.finetuned.after
+
+
+def test_data_of_a_folder_without_a_name_are_called_after_it(
+    base: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(four, tmp_path / "mine"))
+    short = {**IMAGES, "epochs": 1}
+    module = zoo.finetune(base, ".", out=tmp_path / "run", **short)
+    card = cards.parse((module.finetuned.checkpoint / CARD_FILE).read_text())
+    assert (card.name, card.results[0].dataset) == ("tiny-classifier.mine", "mine")
+    assert finetuning._source({"path": "new 0/.."}) == "mine"
+
+
+def test_names_in_other_scripts_stay_apart() -> None:
+    names = [
+        "\u043a\u043e\u0448\u043a\u0438",
+        "\u0441\u043e\u0431\u0430\u043a\u0438",
+        "\u732b",
+        "mine",
+    ]
+    slugs = [finetuning._slug(name) for name in names]
+    assert len(set(slugs)) == len(names)
+    assert all(finetuning._TAG.fullmatch(slug) for slug in slugs)
+    assert finetuning._slug("Caf\u00e9 2024") == "cafe-2024"
+    assert finetuning._slug("v1.2") == "v1-2"
+
+
+# --- names of the zoo ----------------------------------------------------------------------------
+
+OURS = "cached-transformer-lm.tiny-shakespeare"
+
+
+def test_the_name_of_a_weight_of_the_zoo_stays_its_own(tmp_path: Path) -> None:
+    lm = published.write_weight(tmp_path / "lm")
+    data = write_text(tmp_path, 60).rename(tmp_path / "tiny-shakespeare.txt")
+    short: dict[str, Any] = {**QUICK, "epochs": 1, "overrides": ["data.streams=4"]}
+    for named in ({"name": "tiny-shakespeare"}, {"overrides": [f"zoo.weight={OURS}"]}):
+        with pytest.raises(ConfigError) as caught:
+            zoo.finetune(lm, data, out=tmp_path / "run", **{**short, **named})
+        assert str(caught.value) == (
+            f"{OURS} is a weight of the zoo; choose another name for yours."
+        )
+        assert not (tmp_path / "run").exists()
+    module = zoo.finetune(lm, data, out=tmp_path / "run", **short)
+    card = cards.parse((module.finetuned.checkpoint / CARD_FILE).read_text())
+    assert card.name == f"{OURS}-tuned"
+
+
+def test_a_folder_is_the_weight_of_the_zoo_with_its_files_only(tmp_path: Path) -> None:
+    from tests.tiny import write_recipe as write_recipe_of_text
+
+    other = training.fit(write_recipe_of_text(tmp_path), out=tmp_path / "run").checkpoint
+    assert training.read_recipe(other / "recipe.yaml").weight == OURS
+    copied = shutil.copytree(cards.pretrained_folder(OURS), tmp_path / "copied")
+    assert finetuning._base(other).title == "cached-transformer-lm"
+    assert finetuning._base(copied).title == OURS
+
+
+# --- measured again ------------------------------------------------------------------------------
+
+
+def test_a_record_made_anew_tells_no_more_than_the_first(
+    done: Any, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where folders lie, nor a command that measures another weight."""
+    first = cards.read_measurements(done.finetuned.checkpoint / RESULTS_FILE)
+    folder = shutil.copytree(done.finetuned.checkpoint, tmp_path / "runs" / "checkpoint")
+    evaluation.record(folder)
+    text = (folder / RESULTS_FILE).read_text()
+    assert str(tmp_path) not in text
+    assert str(four) not in text
+    (found,) = cards.read_measurements(folder / RESULTS_FILE).results
+    assert found.dataset == first.results[0].dataset == four.name
+    assert found.command == "zoo evaluate runs/checkpoint"
+    monkeypatch.chdir(tmp_path / "runs")
+    evaluation.record("checkpoint")
+    (found,) = cards.read_measurements(folder / RESULTS_FILE).results
+    assert found.command == "zoo evaluate checkpoint"
+    assert first.results[0].command == "zoo evaluate run/checkpoint"
+
+
+def test_data_that_have_moved_are_found_in_the_folder_that_is_given(
+    base: Path, four: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(four, tmp_path / "mine")
+    short = {**IMAGES, "epochs": 1, "out": tmp_path / "run"}
+    checkpoint = zoo.finetune(base, data, **short).finetuned.checkpoint
+    (tmp_path / "moved").mkdir()
+    data.rename(tmp_path / "moved" / "mine")
+    assert evaluation.evaluate(checkpoint, tmp_path / "moved").passed
+    for elsewhere in (None, tmp_path):
+        with pytest.raises(DataError) as caught:
+            evaluation.evaluate(checkpoint, elsewhere)
+        assert str(caught.value) == (
+            f"There is no {data}, which the recipe says this weight was trained on; give as "
+            "--data-dir a folder that has 'mine'."
+        )
+
+
+def test_a_run_folder_says_where_its_weights_are(done: Any, four: Path, tmp_path: Path) -> None:
+    folder = done.finetuned.folder
+    for use in (zoo.load, lambda model: zoo.finetune(model, four, out=tmp_path / "run", **QUICK)):
+        with pytest.raises(ZooError) as caught:
+            use(folder)
+        assert str(caught.value) == (
+            f"{folder} is a run folder; its weights are in {folder / 'checkpoint'}."
+        )
 
 
 def test_a_data_module_of_ones_own(base: Path, tmp_path: Path) -> None:

@@ -184,12 +184,11 @@ class DensityDataModule(pl.LightningDataModule):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        self.batch_size, self.steps, self.test_points, self.seed = (
-            batch_size,
-            steps,
-            test_points,
-            seed,
-        )
+        self.batch_size, self.steps, self.test_points = batch_size, steps, test_points
+        self.data_dir, self.seed = data_dir, seed
+
+    def setup(self, stage: str | None = None) -> None:
+        """Nothing: points are drawn when they are asked for."""
 
     def test_set(self, name: str) -> Tensor:
         """Points of a density to measure on, `test_points` x 2."""

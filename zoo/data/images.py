@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ from zoo.errors import DataError, UnknownNameError, nearest
 
 __all__ = [
     "ImageDataModule",
+    "class_roots",
 ]
 
 _EVALUATION_BATCH = 500
@@ -310,6 +312,17 @@ def _parts_of(root: Path) -> tuple[str, str] | None:
             "class."
         )
     return parts["train"], held
+
+
+def class_roots(path: str | os.PathLike[str]) -> list[Path]:
+    """The folders in a folder of pictures whose folders are classes: itself, or two parts of it.
+
+    Raises:
+        DataError: only one of the two is there.
+    """
+    root = Path(path).expanduser()
+    parts = _parts_of(root)
+    return [root] if parts is None else [root / part for part in parts]
 
 
 def _has_classes(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoo.errors import DataError, nearest
-from zoo.files import is_hidden
+from zoo.files import files_below
 from zoo.progress import track
 
 __all__ = [
@@ -321,7 +321,7 @@ def read_image_folder(
 
     Returns:
         The images, and the names of the classes in alphabetical order. Files and folders whose
-        names begin with a dot are none.
+        names begin with a dot are none; links to folders are followed.
 
     Raises:
         DataError: there is no such folder, fewer than two classes, a class without pictures, or a
@@ -336,12 +336,16 @@ def read_image_folder(
         raise DataError(
             f"{path} has {found}; it needs one folder of pictures for each of two or more classes."
         )
-    files = [_pictures(path / name) for name in classes]
-    for name, of_class in zip(classes, files, strict=True):
+    # As `zoo.files.digest` goes through them, so that no picture is read that it does not cover.
+    files: dict[str, list[Path]] = {name: [] for name in classes}
+    for file in files_below(path, IMAGE_SUFFIXES):
+        files.get(file.relative_to(path).parts[0], []).append(file)
+    for name, of_class in files.items():
         if not of_class:
             raise DataError(f"The class folder {path / name} has no pictures.")
-    labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([*map(len, files)]))
-    paths = [file for of_class in files for file in of_class]
+    counts = torch.tensor([len(of_class) for of_class in files.values()])
+    labels = torch.repeat_interleave(torch.arange(len(classes)), counts)
+    paths = [file for of_class in files.values() for file in of_class]
     images = torch.empty(len(paths), channels, *size, dtype=torch.uint8)
     unreadable, too_deep = [], False
     for index, file in enumerate(track(paths, "reading pictures")):
@@ -358,12 +362,6 @@ def read_image_folder(
             f"{f' Some have {_TOO_DEEP}; save them with 8 bits.' if too_deep else ''}"
         )
     return ImageSplit(images, labels), tuple(classes)
-
-
-def _pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and those below it, in order; no hidden ones."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    return sorted(p for p in found if not is_hidden(p, folder))
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -123,7 +123,10 @@ class SpiralDataModule(pl.LightningDataModule):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.observations, self.count, self.noise = observations, count, noise
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.data_dir, self.seed = batch_size, data_dir, seed
+
+    def setup(self, stage: str | None = None) -> None:
+        """Nothing: spirals are made when they are first asked for."""
 
     @functools.cached_property
     def train(self) -> SpiralSet:

@@ -13,6 +13,10 @@ from zoo.errors import DataError, nearest
 __all__ = ["Row", "ordered_names", "read_table", "read_utf8"]
 
 
+_SEPARATORS = (";", "\t", "|")
+"""What programs write in place of a comma."""
+
+
 class Row(NamedTuple):
     """A row of a table."""
 
@@ -60,6 +64,17 @@ def read_table(text: str, where: str, columns: Sequence[str]) -> list[Row]:
         header = next(reader, [])
         for column in columns:
             if column not in header:
+                separated = [sign for sign in _SEPARATORS if len(header) == 1 and sign in header[0]]
+                if separated:
+                    raise DataError(
+                        f"{where} separates its columns by {separated[0]!r}; save it with commas."
+                    )
+                alike = [name for name in header if name.strip().lower() == column.lower()]
+                if alike:
+                    raise DataError(
+                        f"{where} has no column {column!r}, but {alike[0]!r}: rename it, or name "
+                        f"it by an option such as data.user_column."
+                    )
                 raise DataError(
                     f"{where} has no column {column!r}.{nearest(column, header)}"
                     f" There are: {', '.join(header) or 'none'}."

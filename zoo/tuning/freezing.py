@@ -72,6 +72,11 @@ def freeze(
         kept = set(head) or _head(model)
         names = [name for name, _ in _tensors(model) if name not in kept]
     else:
+        if not isinstance(what, str) and ENCODER in what and not hasattr(model, ENCODER):
+            raise ConfigError(
+                f"{ENCODER!r} stands for all but the head where it is given alone, and nothing in "
+                f"{type(model).__name__} is called so: leave out what is beside it."
+            )
         names = matching(model, what)
     frozen = set(names)
     for name, tensor in _tensors(model):
