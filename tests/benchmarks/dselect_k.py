@@ -1,13 +1,15 @@
 """What a mixture of experts costs once its gate is sparse, over computing all of them.
 
 Sixteen experts of one layer, two of which each example uses; at most a sixth of the dense time.
-torch-rechub's MMoE takes part where it is installed, and is to be no faster. LibMTL has a DSelect-k
-of its own, which computes all experts; it is not compared yet.
+torch-rechub's MMoE and LibMTL's DSelect-k, whose gates see the example and which computes all
+experts, take part where they are installed, and are to be no faster.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 from collections.abc import Callable
 
 import torch
@@ -43,7 +45,7 @@ def run(rounds: int) -> list[Comparison]:
                 comparisons += _dispatch(batch, threads, rounds)
     finally:
         torch.set_num_threads(before)
-    return comparisons + _against_rechub(rounds)
+    return comparisons + _against_rechub(rounds) + _against_libmtl(rounds)
 
 
 def _dispatch(batch: int, threads: int, rounds: int) -> list[Comparison]:
@@ -119,42 +121,96 @@ def _against_rechub(rounds: int, batch: int = 512, tasks: int = 2) -> list[Compa
     gate = DSelectK(EXPERTS, ACTIVE, num_tasks=tasks)
     with torch.no_grad():
         gate.codes.bias.copy_(gate.gamma * gate.codes.bias.sign())  # as training leaves it
-    ours = _Net(gate, tasks)
+    ours = {
+        "softmax gates, all experts": softmax,
+        "DSelect-k, converged static gates": _Net(gate, tasks),
+    }
+    return _against("torch-rechub MMOE", peer, lambda x: peer({"x": x}), ours, rounds, batch, tasks)
+
+
+def _against_libmtl(rounds: int, batch: int = 512, tasks: int = 2) -> list[Comparison]:
+    if importlib.util.find_spec("LibMTL") is None:
+        return []
+    # Its encoders want a module that torchvision no longer has.
+    gone = types.ModuleType("torchvision.models.utils")
+    vars(gone)["load_state_dict_from_url"] = torch.hub.load_state_dict_from_url
+    sys.modules.setdefault(gone.__name__, gone)
+    from LibMTL.architecture import DSelect_k
+
+    names = [f"task {task}" for task in range(tasks)]
+    towers = {
+        name: nn.Sequential(nn.Linear(WIDTH, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
+        for name in names
+    }
+    peer = DSelect_k(
+        names,
+        lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()),
+        nn.ModuleDict(towers),
+        rep_grad=False,
+        multi_input=False,
+        device=torch.device("cpu"),
+        img_size=[WIDTH],
+        num_experts=[EXPERTS],
+        num_nonzeros=ACTIVE,
+        kgamma=1.0,
+    )
+    gate = DSelectK(EXPERTS, ACTIVE, num_tasks=tasks, in_features=WIDTH)
+    with torch.no_grad():  # bits that are decided, as training leaves them
+        gate.codes.weight.mul_(1e4)
+        for layer in peer._z_logits.values():
+            layer.weight.mul_(1e4)
+    ours = {"DSelect-k, converged gates per example": _Net(gate, tasks)}
+
+    def joined(x: Tensor) -> Tensor:
+        outputs: dict[str, Tensor] = peer(x)
+        return torch.stack(list(outputs.values()))
+
+    return _against("LibMTL DSelect_k", peer, joined, ours, rounds, batch, tasks)
+
+
+def _against(
+    peer_name: str,
+    peer: nn.Module,
+    peer_outputs: Callable[[Tensor], Tensor],
+    ours: dict[str, nn.Module],
+    rounds: int,
+    batch: int,
+    tasks: int,
+) -> list[Comparison]:
+    """Nets of ours and a peer's, which take turns, forward alone and in training."""
     x = torch.randn(batch, WIDTH, generator=torch.Generator().manual_seed(0))
     comparisons = []
     for what, backward in (("inference", False), ("training", True)):
 
-        def step(net: Callable[[], Tensor], backward: bool = backward) -> Callable[[], None]:
+        def step(
+            outputs: Callable[[Tensor], Tensor], backward: bool = backward
+        ) -> Callable[[], None]:
             def run() -> None:
                 with torch.set_grad_enabled(backward):
-                    y = net()
+                    y = outputs(x)
                     if backward:
                         y.sum().backward()
 
             return run
 
-        for module in (peer, softmax, ours):
+        for module in (peer, *ours.values()):
             module.train(backward)
         taken = race(
             {
-                "peer": repeated(step(lambda: peer({"x": x}))),
-                "softmax": repeated(step(lambda: softmax(x))),
-                "ours": repeated(step(lambda: ours(x))),
+                peer_name: repeated(step(peer_outputs)),
+                **{name: repeated(step(net)) for name, net in ours.items()},
             },
             rounds,
         )
-        for name, key in (
-            ("softmax gates, all experts", "softmax"),
-            ("DSelect-k, converged static gates", "ours"),
-        ):
-            comparisons.append(
-                Comparison(
-                    name=f"{what}, batch {batch}, {EXPERTS} experts of {WIDTH}, {tasks} tasks",
-                    contestant=name,
-                    peer="torch-rechub MMOE",
-                    values=taken[key],
-                    peer_values=taken["peer"],
-                    at_most=AT_MOST_OF_PEER,
-                )
+        comparisons += [
+            Comparison(
+                name=f"{what}, batch {batch}, {EXPERTS} experts of {WIDTH}, {tasks} tasks",
+                contestant=name,
+                peer=peer_name,
+                values=taken[name],
+                peer_values=taken[peer_name],
+                at_most=AT_MOST_OF_PEER,
             )
+            for name in ours
+        ]
     return comparisons
