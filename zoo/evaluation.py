@@ -390,7 +390,10 @@ def record(
 def _recipe(folder: Path) -> training.Recipe:
     """The recipe in a checkpoint folder, which says what the weight is measured on."""
     if not folder.is_dir():
-        raise CheckpointError(f"There is no checkpoint folder {folder}.")
+        raise CheckpointError(
+            f"There is no checkpoint folder {folder}; results are written into one, so give its "
+            f"path and not a name."
+        )
     if not (folder / files.RECIPE_FILE).is_file():
         raise CheckpointError(
             f"{folder} has no {files.RECIPE_FILE}, so the data to measure it on are not known."
