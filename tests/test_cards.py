@@ -414,6 +414,7 @@ def test_the_readme_table_has_a_line_for_each_card(shelf: Path) -> None:
 EXPECTED_CARDS = [
     "cached-transformer-lm.tiny-shakespeare",
     "continuous-flow.toy",
+    "dselect-k-moe.multi-fashion-mnist",
     "dselect-k-moe.multi-mnist",
     "dselect-k-recommender.movielens-100k",
     "latent-ode.spirals-30",

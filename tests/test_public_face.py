@@ -126,6 +126,7 @@ def test_load_of_an_unknown_name() -> None:
 BUNDLED = [
     "cached-transformer-lm.tiny-shakespeare",
     "continuous-flow.toy",
+    "dselect-k-moe.multi-fashion-mnist",
     "dselect-k-moe.multi-mnist",
     "dselect-k-recommender.movielens-100k",
     "latent-ode.spirals-30",

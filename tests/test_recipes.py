@@ -26,7 +26,6 @@ WEIGHTS = list(cards.load_cards())
 STUDIES = {"dselect-k-recommender.movielens-100k-pairs", "dselect-k-recovery.synthetic"}
 """Comparisons that no weight is published of."""
 TO_TRAIN = {
-    "dselect-k-moe.multi-fashion-mnist",
     "sau-shufflenet-v2-x1.cifar100",
     "sau-shufflenet-v2-x2.cifar100",
 }
