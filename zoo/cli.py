@@ -27,6 +27,10 @@ __all__ = ["main"]
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
+_RECOVERY = {"tasks": [8, 32, 128], "seeds": [1, 2, 3, 4, 5]}
+"""What `zoo recovery` trains for when nothing else is asked for."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, with the nearest command or option."""
 
@@ -248,8 +252,8 @@ def _parser() -> _Parser:
 
     sub = command("recovery", _recovery, "train gates on synthetic tasks whose experts are known")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
-    sub.add_argument("--tasks", type=int, nargs="+", default=[8, 32, 128])
-    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    sub.add_argument("--tasks", type=int, nargs="+", default=_RECOVERY["tasks"])
+    sub.add_argument("--seeds", type=int, nargs="+", default=_RECOVERY["seeds"])
     sub.add_argument("--out", default="runs/recovery", help="folder of the runs")
     sub.add_argument("--figure", metavar="FILE", help="draw error and recovery into this file")
     sub.add_argument(
@@ -886,10 +890,8 @@ def _recovery(options: argparse.Namespace) -> int:
         arms = recovery.run(
             options.tasks, seeds=options.seeds, out=options.out, overrides=options.overrides
         )
-    given = {
-        "tasks": options.tasks if options.tasks != [8, 32, 128] else None,
-        "seeds": options.seeds if options.seeds != [1, 2, 3, 4, 5] else None,
-    }
+    asked = {"tasks": options.tasks, "seeds": options.seeds}
+    given = {key: None if asked[key] == usual else asked[key] for key, usual in _RECOVERY.items()}
     command = " ".join(_command("recovery", given, *options.overrides))
     path = Path(options.out) / "recovery.json"
     recovery.write(arms, path, command)

@@ -165,6 +165,15 @@ class ZooModule(pl.LightningModule):
         if preprocessing is not None:
             self.preprocessing = preprocessing
 
+    def _agree_with(self, datamodule: Any) -> None:
+        """Take a data module's preprocessing; or keep one's own, all but the names of the classes,
+        and tell the data module so."""
+        data = datamodule.preprocessing
+        if self.preprocessing is not None:
+            data = dataclasses.replace(self.preprocessing, classes=data.classes)
+            datamodule.preprocessing = data
+        self.preprocessing = data
+
     def carried_rows(self, base: ZooModule) -> dict[str, tuple[Tensor, Tensor]]:
         """Tensors of which a fine-tuning carries over some rows: name -> rows here, rows in `base`;
         the others stay as they were drawn."""

@@ -205,15 +205,13 @@ class ImageClassifier(ZooModule):
         """
         data = datamodule.preprocessing
         self._check_fit(data)
-        if self.preprocessing is not None:
-            if data.size != self.preprocessing.size:
-                raise ConfigError(
-                    f"The images are {_by(data.size)}, but the model was trained on "
-                    f"{_by(self.preprocessing.size)}: set data.size={list(self.preprocessing.size)}"
-                )
-            data = dataclasses.replace(self.preprocessing, classes=data.classes)
-            datamodule.preprocessing = data
-        self.preprocessing = data
+        own = self.preprocessing
+        if own is not None and data.size != own.size:
+            raise ConfigError(
+                f"The images are {_by(data.size)}, but the model was trained on {_by(own.size)}: "
+                f"set data.size={list(own.size)}"
+            )
+        self._agree_with(datamodule)
 
     def take_preprocessing(self, preprocessing: Any, datamodule: Any) -> None:
         super().take_preprocessing(preprocessing, datamodule)

@@ -120,12 +120,8 @@ class ImagePairClassifier(MixtureModule):
         Raises:
             ConfigError: the data have another number of classes or channels, or another size.
         """
-        data = datamodule.preprocessing
-        self._check_fit(data)
-        if self.preprocessing is not None:
-            data = dataclasses.replace(self.preprocessing, classes=data.classes)
-            datamodule.preprocessing = data
-        self.preprocessing = data
+        self._check_fit(datamodule.preprocessing)
+        self._agree_with(datamodule)
 
     def take_preprocessing(self, preprocessing: Any, datamodule: Any) -> None:
         super().take_preprocessing(preprocessing, datamodule)
