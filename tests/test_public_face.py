@@ -139,6 +139,7 @@ BUNDLED = [
     "online-ensemble.split-mnist",
     "sau-shufflenet-v2-x0-5.cifar100",
     "sau-shufflenet-v2-x0-5.fashion-mnist",
+    "sau-shufflenet-v2-x1.cifar100",
 ]
 
 
