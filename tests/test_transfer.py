@@ -115,6 +115,11 @@ def test_a_language_model_on_novels(tmp_path: Path) -> None:
         assert "was made with other options" in str(caught.value)
         assert str(caught.value).endswith("choose another --out.")
     folder = tmp_path / "out" / "amount_300" / "seed_1"
+    own = (lm / "model.safetensors").read_bytes()
+    shutil.copy(folder / "fine-tuned" / "checkpoint" / "model.safetensors", lm)
+    with pytest.raises(ConfigError, match=r"fine-tuned was made with other weights of the same na"):
+        meet(seeds=(1,))
+    (lm / "model.safetensors").write_bytes(own)
     learned = (folder / "text.txt").read_bytes()
     (tmp_path / "a.txt").write_text("other words " * 200)
     assert meet(seeds=(1,))[0].n == held // 4, "what is finished is not written again"

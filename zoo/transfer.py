@@ -387,18 +387,22 @@ def run(
                 _check_finished(where / arm, start, steps)
     if start == _own_base(folder):
         _train_base_of_others(folder / "base", source, pretraining)
-    hub.resolve(start)  # before anything is written
+    weights = _weights(start)  # before anything is written
+    for _, _, where in jobs:
+        for way in example.ways:
+            if (where / way / _OUTCOME).is_file():
+                _check_weights(where / way, weights)
     found: dict[tuple[str, int], list[Outcome]] = {}
     for amount, seed, where in track(jobs, name):
         if not all((where / arm / _OUTCOME).is_file() for arm in arms):
             where.mkdir(parents=True, exist_ok=True)
             done = [where / arm for arm in arms if (where / arm / _OUTCOME).is_file()]
             path, options = _write_data(where, done, example, amount, seed, source)
-            digest = _digest(path)
+            made_of = {"base": os.fspath(start), "weights": weights, "data": _digest(path)}
             if name == "new-classes":
-                _learn_classes(where, path, start, seed, digest)
+                _learn_classes(where, path, start, seed, made_of)
             else:
-                _train(where, example, start, path, options, seed, steps, digest)
+                _train(where, example, start, path, options, seed, steps, made_of)
         for arm in arms:
             found.setdefault((arm, amount), []).append(_outcome(where / arm))
     return _points(found, seeds)
@@ -436,6 +440,24 @@ def _check_finished(run: Path, base: str | os.PathLike[str], steps: int) -> None
                 f"{run} was made with other options ({key} was {known!r}, not {now!r}); choose "
                 f"another --out."
             )
+
+
+def _weights(base: str | os.PathLike[str]) -> str:
+    """Digest of the weights that a base stands for; a name may come to stand for others."""
+    return files.digest(hub.resolve(base)[0] / files.WEIGHTS_FILE)
+
+
+def _check_weights(run: Path, weights: str) -> None:
+    """Check that a finished run started from these weights, where it says so.
+
+    Raises:
+        ConfigError: it did not.
+    """
+    if read_json(run / _OUTCOME).get("weights", weights) != weights:
+        raise ConfigError(
+            f"{run} was made with other weights of the same name; choose another --out, or remove "
+            f"it to make it anew."
+        )
 
 
 def _write_data(
@@ -511,7 +533,7 @@ def _train(
     options: dict[str, Any],
     seed: int,
     steps: int,
-    digest: str,
+    made_of: Mapping[str, str],
 ) -> None:
     for way, changes in example.ways.items():
         if (where / way / _OUTCOME).is_file():
@@ -522,7 +544,7 @@ def _train(
         tuned = finetuning.finetune(
             base, path, epochs=steps, seed=seed, out=where / way, overrides=overrides, **changes
         )
-        _keep(where / way, tuned.finetuned.after[0], base, digest)
+        _keep(where / way, tuned.finetuned.after[0], made_of)
     if not (where / SCRATCH / _OUTCOME).is_file():
         recipe = training.read_recipe(where / PRETRAINED / "checkpoint" / "recipe.yaml")
         optimizer = recipe.options["model"]["optimizer"]
@@ -532,11 +554,11 @@ def _train(
         )
         module = checkpoints.load(done.checkpoint)
         measured = evaluation.evaluate_module(module, training.data_module(recipe))
-        _keep(where / SCRATCH, measured[0], base, digest)
+        _keep(where / SCRATCH, measured[0], made_of)
 
 
 def _learn_classes(
-    where: Path, path: Path, base: str | os.PathLike[str], seed: int, digest: str
+    where: Path, path: Path, base: str | os.PathLike[str], seed: int, made_of: Mapping[str, str]
 ) -> None:
     """New classes go into the stream after those that are known; from scratch, into an empty
     learner behind the same encoder with random weights. The seed draws these, and the order."""
@@ -561,12 +583,12 @@ def _learn_classes(
         known_now = len(module.preprocessing.classes)
         ranked = [p.classes for p in module.predict(data.test_images, top_k=known_now)]
         first_choice = [classes[0] for classes in ranked]
-        _keep(where / arm, _accuracy(first_choice, truth, "all"), base, digest)
+        _keep(where / arm, _accuracy(first_choice, truth, "all"), made_of)
         if first:
             # One of twenty is harder to tell than one of ten, which is what the other learned.
             new = set(names)
             labels = [next(name for name in classes if name in new) for classes in ranked]
-            _keep(where / _AMONG_NEW, _accuracy(labels, truth, "the new"), base, digest)
+            _keep(where / _AMONG_NEW, _accuracy(labels, truth, "the new"), made_of)
 
 
 def _accuracy(labels: Sequence[str], truth: Sequence[str], among: str) -> Outcome:
@@ -583,17 +605,17 @@ def _accuracy(labels: Sequence[str], truth: Sequence[str], among: str) -> Outcom
     )
 
 
-def _keep(folder: Path, outcome: Outcome, base: str | os.PathLike[str], digest: str) -> None:
+def _keep(folder: Path, outcome: Outcome, made_of: Mapping[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(outcome)
     kept = ("metric", "value", "n", "interval", "interval_method", "protocol")
     stored = {key: values[key] for key in kept}
-    write_json(folder / _OUTCOME, {**stored, "base": os.fspath(base), "data": digest})
+    write_json(folder / _OUTCOME, {**stored, **made_of})
 
 
 def _outcome(folder: Path) -> Outcome:
     stored = read_json(folder / _OUTCOME)
-    for key in ("base", "data"):
+    for key in ("base", "weights", "data"):
         stored.pop(key, None)
     low, high = stored.pop("interval")
     return Outcome(unit="sample", interval=(low, high), **stored)
