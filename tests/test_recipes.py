@@ -25,9 +25,7 @@ PUBLISHED = [name for name in RECIPES if "/" not in name]
 WEIGHTS = list(cards.load_cards())
 STUDIES = {"dselect-k-recommender.movielens-100k-pairs", "dselect-k-recovery.synthetic"}
 """Comparisons that no weight is published of."""
-TO_TRAIN = {
-    "sau-shufflenet-v2-x2.cifar100",
-}
+TO_TRAIN = {"sau-shufflenet-v2-x2.cifar100"}
 """Weights that have a recipe and are still to be trained; they have no card before."""
 
 
@@ -157,7 +155,7 @@ def test_controls_differ_from_the_model_in_the_network_alone(name: str) -> None:
         # One that is cheaper by the step may have more of them, and says so.
         more = {"max_epochs"} if "times as many steps" in recipe.differs else set()
         if path.stem in of_full_length:  # it is trained as the weight is, on its machine perhaps
-            more = {"max_epochs", "precision"}
+            more = {*as_the_weight}
             assert {key: recipe.options["trainer"].get(key) for key in more} == as_the_weight
         trainers = [{k: v for k, v in r.options["trainer"].items() if k not in more}
                     for r in (recipe, model)]  # fmt: skip

@@ -353,8 +353,8 @@ def run(
 
     Raises:
         ConfigError: there is no amount or no seed, a number is too small or does not apply, or a
-            finished run was made with other options or other data; the latter is looked at where
-            other runs of the same amount and seed are missing.
+            finished run was made with other options, from other weights or on other data; the last
+            is looked at where other runs of the same amount and seed are missing.
         UnknownNameError: there is no such example.
         ZooError: a weight or data are not to be had, or a run is not possible.
     """
@@ -381,17 +381,17 @@ def run(
         for amount in amounts
         for seed in seeds
     ]
-    for _, _, where in jobs:
-        for arm in arms:
-            if (where / arm / _OUTCOME).is_file():
-                _check_finished(where / arm, start, steps)
+    finished = [
+        where / arm for _, _, where in jobs for arm in arms if (where / arm / _OUTCOME).is_file()
+    ]
+    for path in finished:
+        _check_finished(path, start, steps)
     if start == _own_base(folder):
         _train_base_of_others(folder / "base", source, pretraining)
     weights = _weights(start)  # before anything is written
-    for _, _, where in jobs:
-        for way in example.ways:
-            if (where / way / _OUTCOME).is_file():
-                _check_weights(where / way, weights)
+    for path in finished:
+        if path.name != SCRATCH:
+            _check_weights(path, weights)
     found: dict[tuple[str, int], list[Outcome]] = {}
     for amount, seed, where in track(jobs, name):
         if not all((where / arm / _OUTCOME).is_file() for arm in arms):
@@ -605,18 +605,19 @@ def _accuracy(labels: Sequence[str], truth: Sequence[str], among: str) -> Outcom
     )
 
 
+_KEPT = ("metric", "value", "n", "interval", "interval_method", "protocol")
+"""What is kept of an outcome, beside what it was made of."""
+
+
 def _keep(folder: Path, outcome: Outcome, made_of: Mapping[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(outcome)
-    kept = ("metric", "value", "n", "interval", "interval_method", "protocol")
-    stored = {key: values[key] for key in kept}
-    write_json(folder / _OUTCOME, {**stored, **made_of})
+    write_json(folder / _OUTCOME, {**{key: values[key] for key in _KEPT}, **made_of})
 
 
 def _outcome(folder: Path) -> Outcome:
-    stored = read_json(folder / _OUTCOME)
-    for key in ("base", "weights", "data"):
-        stored.pop(key, None)
+    values = read_json(folder / _OUTCOME)
+    stored = {key: values[key] for key in _KEPT}
     low, high = stored.pop("interval")
     return Outcome(unit="sample", interval=(low, high), **stored)
 
