@@ -138,7 +138,8 @@ def _fixed_steps(
 
 
 def _compiled(rounds: int) -> list[Comparison]:
-    """The block as one graph, against the compiled loop and the block in eager mode."""
+    """The block as one graph, against the compiled loop, the block in eager mode, and torchdiffeq,
+    which is not made to be compiled."""
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         return []
     comparisons = []
@@ -151,12 +152,14 @@ def _compiled(rounds: int) -> list[Comparison]:
                 "ours": repeated(_both_ways(ours, y)),
                 "loop": repeated(_both_ways(loop, y)),
                 "eager": repeated(_both_ways(block, y)),
+                "torchdiffeq": repeated(_both_ways(_theirs("euler", field), y)),
             },
             rounds,
         )
         for peer, key, at_most in (
             ("compiled loop", "loop", OVER_LOOP),
             ("the block in eager mode", "eager", None),
+            ("torchdiffeq, eager", "torchdiffeq", OVER_TORCHDIFFEQ),
         ):
             comparisons.append(
                 Comparison(

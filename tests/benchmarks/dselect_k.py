@@ -1,6 +1,7 @@
 """What a mixture of experts costs once its gate is sparse, over computing all of them.
 
 Sixteen experts of one layer, two of which each example uses; at most a sixth of the dense time.
+Convolutional experts, all in use, against grouped convolutions, which is how one would write them.
 torch-rechub's MMoE and LibMTL's DSelect-k, whose gates see the example and which computes all
 experts, take part where they are installed, and are to be no faster.
 """
@@ -13,10 +14,12 @@ import types
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.benchmarks._harness import Comparison, race, repeated
 from zoo.families.dselect_k import (
+    ConvExperts,
     DSelectK,
     MixtureOfExperts,
     MLPExperts,
@@ -45,6 +48,7 @@ def run(rounds: int) -> list[Comparison]:
                 comparisons += _dispatch(batch, threads, rounds)
     finally:
         torch.set_num_threads(before)
+    comparisons += _convolutional(rounds)
     return comparisons + _against_rechub(rounds) + _against_libmtl(rounds)
 
 
@@ -78,6 +82,35 @@ def _dispatch(batch: int, threads: int, rounds: int) -> list[Comparison]:
             )
         )
     return comparisons
+
+
+def _convolutional(rounds: int, batch: int = 256, count: int = 8) -> list[Comparison]:
+    experts = ConvExperts(count, 1, 36)
+    images = torch.randn(batch, 1, 36, 36, generator=torch.Generator().manual_seed(0))
+
+    def grouped(x: Tensor) -> Tensor:
+        groups = 1
+        for layer in experts.convolutions:
+            kernels = layer.weight.view(-1, layer.in_features // 25, 5, 5)  # type: ignore[operator, union-attr]
+            x = F.conv2d(x, kernels, layer.bias.flatten(), groups=groups)  # type: ignore[operator, union-attr]
+            x, groups = F.relu(F.max_pool2d(x, 2)), count
+        features: Tensor = experts.dense(x.view(batch, count, -1))
+        return features
+
+    def step(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        return lambda: function(images).sum().backward()
+
+    taken = race({"ours": repeated(step(experts)), "grouped": repeated(step(grouped))}, rounds)
+    return [
+        Comparison(
+            name=f"training, batch {batch}, {count} convolutional experts, all in use",
+            contestant="a convolution for each, channels last",
+            peer="grouped convolutions",
+            values=taken["ours"],
+            peer_values=taken["grouped"],
+            at_most=AT_MOST_OF_PEER,
+        )
+    ]
 
 
 def _pass(
