@@ -349,6 +349,54 @@ def test_record(trained: Trained, tmp_path: Path) -> None:
     assert checkpoints.load(folder).load_report.initialised == ()
 
 
+def test_controls_of_no_weight_are_kept_beside_a_card(trained: Trained, tmp_path: Path) -> None:
+    card, record = tmp_path / "card.md", tmp_path / "controls" / "some-study.json"
+    card.write_text("before\n")
+    with pytest.raises(ConfigError, match="card.md: expected <!-- zoo:some-study -->"):
+        controls.keep("some-study", trained.arms, card)
+    assert not record.parent.exists()
+    markers = "<!-- zoo:some-study -->\n", "<!-- /zoo:some-study -->\n"
+    card.write_text("before\n" + "".join(markers) + "after\n")
+    with pytest.raises(ZooError, match="no finished run of any control"):
+        controls.keep("some-study", [], card)
+    assert controls.keep("some-study", trained.arms, card, "zoo controls some-study") == record
+    before, _, rest = card.read_text().partition(markers[0])
+    shown, _, after = rest.partition(markers[1])
+    assert (before, after) == ("before\n", "after\n")
+    # One line for each net and protocol, after those of the header; of each its mean over seeds.
+    lines = [line for line in shown.splitlines() if line.startswith("|")][2:]
+    assert [line.split(" | ")[3].split()[0] for line in lines] == [
+        f"{arm.result.value:.4f}" for arm in trained.arms
+    ]
+    stored = json.loads(record.read_text())
+    assert stored["command"] == "zoo controls some-study"
+    assert [one["result"]["value"] for one in stored["controls"]] == [
+        arm.result.value for arm in trained.arms
+    ]
+    assert controls.markdown(stored) == shown.rstrip("\n")
+
+
+def test_controls_of_a_weight_are_not_kept_beside_a_card(tmp_path: Path) -> None:
+    card = tmp_path / "card.md"
+    card.write_text("<!-- zoo:ode-resnet.mnist -->\n<!-- /zoo:ode-resnet.mnist -->\n")
+    with pytest.raises(ZooError, match="ode-resnet.mnist is a weight; .* --record FOLDER"):
+        controls.check_keepable("ode-resnet.mnist", card)
+    with pytest.raises(ConfigError, match="missing.md: cannot be read as a card"):
+        controls.check_keepable("some-study", tmp_path / "missing.md")
+
+
+def test_cards_show_the_controls_that_are_kept_beside_them() -> None:
+    home = cards.shipped_folder("model_cards")
+    kept = sorted((home / "controls").glob("*.json"))
+    assert kept
+    texts = [path.read_text(encoding="utf-8") for path in home.glob("*.md")]
+    for path in kept:
+        opening, closing = f"<!-- zoo:{path.stem} -->\n", f"\n<!-- /zoo:{path.stem} -->"
+        (text,) = (text for text in texts if opening in text)
+        shown = text.split(opening)[1].split(closing)[0]
+        assert shown == controls.markdown(json.loads(path.read_text(encoding="utf-8")))
+
+
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_an_honest_repetition_is_within_the_tolerance_19_times_in_20(
     trained: Trained, seeds: int

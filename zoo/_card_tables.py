@@ -67,7 +67,7 @@ def fill_all(
     body = card.body
     tables = [
         ("results", _results(card)),
-        ("controls", _controls(card)),
+        ("controls", controls_table(card.controls)),
         ("reported", _reported(card)),
         ("files", _files(card)),
     ]
@@ -151,17 +151,18 @@ def _result_table(card: Card) -> str:
     )
 
 
-def _controls(card: Card) -> str:
-    controls = _control_table(card)
-    if "; seeds ±" not in controls:
-        return controls
+def controls_table(controls: Sequence[Control]) -> str:
+    """Controls, one line for each and its protocol, the model first."""
+    text = _control_table(controls)
+    if "; seeds ±" not in text:
+        return text
     return (
-        f"{controls}\n\nIntervals of differences are for other samples of the test set, with these "
+        f"{text}\n\nIntervals of differences are for other samples of the test set, with these "
         "seeds; ± is for other seeds (95 %, Student's)."
     )
 
 
-def _control_table(card: Card) -> str:
+def _control_table(controls: Sequence[Control]) -> str:
     return table(
         [
             "Net",
@@ -182,13 +183,13 @@ def _control_table(card: Card) -> str:
                 control.result.protocol,
                 f"{_number(control.result.value)} {_words(control.result.metric)}",
                 f"{_number(control.result.seed_spread)} over {len(control.result.seeds)}",
-                difference(control, card.controls),
+                difference(control, controls),
                 f"{control.parameters:,}",
                 "-" if control.macs is None else f"{control.macs:,}",
                 control.speed or "-",
                 "-" if control.result.cpu_minutes is None else f"{control.result.cpu_minutes:.0f}",
             ]
-            for control in card.controls
+            for control in controls
         ],
     )
 

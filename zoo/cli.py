@@ -248,6 +248,12 @@ def _parser() -> _Parser:
     sub.add_argument("--out", help="folder of the runs (runs/controls/NAME)")
     sub.add_argument("--only", nargs="+", metavar="RECIPE", help="train these alone, as relu")
     sub.add_argument("--record", metavar="FOLDER", help="write them into this checkpoint folder")
+    sub.add_argument(
+        "--card",
+        metavar="FILE",
+        help="of controls that belong to no weight: keep them beside this card, and write their "
+        "table into it",
+    )
     sub.add_argument("--figure", metavar="FILE", help="draw their loss curves into this PNG file")
 
     sub = command("recovery", _recovery, "train gates on synthetic tasks whose experts are known")
@@ -835,16 +841,23 @@ def _controls(options: argparse.Namespace) -> int:
 
     if options.record:
         controls.check_recordable(options.name, options.record, out=options.out, only=options.only)
+    if options.card:
+        controls.check_keepable(options.name, options.card)
     with _chatter():
         arms = controls.run(
             options.name,
             seeds=options.seeds,
             out=options.out,
             only=options.only,
-            speeds=bool(options.record or options.json),
+            speeds=bool(options.record or options.card or options.json),
         )
     if options.record:
         controls.record(arms, options.record)
+    if options.card:
+        given = {"seeds": options.seeds}
+        only = ["--only", *options.only] if options.only else []
+        command = " ".join([*_command("controls", given, options.name), *only])
+        controls.keep(options.name, arms, options.card, command)
     if options.figure:
         from zoo import cards, figures
 

@@ -11,19 +11,20 @@ different seeds at once.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import gc
 import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import cards, evaluation, training
+from zoo import _card_tables, cards, evaluation, training
 from zoo.cards import Control, shipped_folder
-from zoo.configs import to_json
-from zoo.errors import UnknownNameError, ZooError, nearest
+from zoo.configs import build, to_json
+from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE, read_json, write_json
 from zoo.intervals import bootstrap_interval, student_quantile
 from zoo.progress import track
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
     from zoo.tasks.base import Measurement
 
 __all__ = [
+    "check_keepable",
     "check_recordable",
     "collect",
     "find_recipes",
     "finished_runs",
+    "keep",
+    "markdown",
     "paired_difference",
     "record",
     "run",
@@ -286,6 +290,67 @@ def record(controls: Sequence[Control], folder: str | os.PathLike[str]) -> None:
         facts["reproduction_tolerance"] = allowed
     measurements = dataclasses.replace(before, controls=tuple(controls), training=facts)
     write_json(Path(folder) / RESULTS_FILE, to_json(measurements))
+
+
+def check_keepable(name: str, card: str | os.PathLike[str]) -> None:
+    """Check, before anything is trained or timed, that `keep` will take what `run` returns.
+
+    Args:
+        name, card: as of `keep`.
+
+    Raises:
+        ConfigError: the card cannot be read, or lacks the markers.
+        ZooError: the controls are those of a weight.
+    """
+    if _full_name(name) in cards.load_cards():
+        raise ZooError(
+            f"{name} is a weight; the controls of a weight are kept with --record FOLDER."
+        )
+    try:
+        text = Path(card).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{card}: cannot be read as a card: {error}") from error
+    _card_tables.fill(text, name, "", where=str(card))
+
+
+def keep(
+    name: str, controls: Sequence[Control], card: str | os.PathLike[str], command: str = ""
+) -> Path:
+    """Keep controls that belong to no weight, and write their table into a card.
+
+    Args:
+        name: folder of their recipes under `recipes/controls/`; the table is written between the
+            card's markers `zoo:<name>`.
+        controls: what `run` returned.
+        card: a Markdown file; the record is written to `controls/<name>.json` beside it.
+        command: that they were trained with, for the record.
+
+    Returns:
+        The file of the record.
+
+    Raises:
+        ConfigError: the card cannot be read, or lacks the markers; nothing is written then.
+        ZooError: the controls are those of a weight, or there are none.
+    """
+    check_keepable(name, card)
+    _refuse_missing([], any_control=bool(controls))
+    content = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "controls": [to_json(control) for control in controls],
+    }
+    path = Path(card).parent / "controls" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    _card_tables.fill_file(Path(card), name, markdown(content))
+    return path
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """What `keep` keeps, as a table."""
+    found = [build(Control, control, "controls") for control in content["controls"]]
+    return _card_tables.controls_table(found)
 
 
 def tolerances(controls: Sequence[Control]) -> dict[str, float]:
