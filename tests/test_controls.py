@@ -352,7 +352,7 @@ def test_record(trained: Trained, tmp_path: Path) -> None:
 def test_controls_of_no_weight_are_kept_beside_a_card(trained: Trained, tmp_path: Path) -> None:
     card, record = tmp_path / "card.md", tmp_path / "controls" / "some-study.json"
     card.write_text("before\n")
-    with pytest.raises(ConfigError, match="card.md: expected <!-- zoo:some-study -->"):
+    with pytest.raises(ConfigError, match=r"card\.md: expected <!-- zoo:some-study -->"):
         controls.keep("some-study", trained.arms, card)
     assert not record.parent.exists()
     markers = "<!-- zoo:some-study -->\n", "<!-- /zoo:some-study -->\n"
@@ -379,9 +379,9 @@ def test_controls_of_no_weight_are_kept_beside_a_card(trained: Trained, tmp_path
 def test_controls_of_a_weight_are_not_kept_beside_a_card(tmp_path: Path) -> None:
     card = tmp_path / "card.md"
     card.write_text("<!-- zoo:ode-resnet.mnist -->\n<!-- /zoo:ode-resnet.mnist -->\n")
-    with pytest.raises(ZooError, match="ode-resnet.mnist is a weight; .* --record FOLDER"):
+    with pytest.raises(ZooError, match=r"ode-resnet\.mnist is a weight; .* --record FOLDER"):
         controls.check_keepable("ode-resnet.mnist", card)
-    with pytest.raises(ConfigError, match="missing.md: cannot be read as a card"):
+    with pytest.raises(ConfigError, match=r"missing\.md: cannot be read as a card"):
         controls.check_keepable("some-study", tmp_path / "missing.md")
 
 
