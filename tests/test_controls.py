@@ -385,6 +385,19 @@ def test_controls_of_a_weight_are_not_kept_beside_a_card(tmp_path: Path) -> None
         controls.check_keepable("some-study", tmp_path / "missing.md")
 
 
+def test_what_cannot_be_kept_or_drawn_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(controls, "run", lambda *args, **options: pytest.fail("it trained"))
+    card, study = tmp_path / "card.md", "dselect-k-recommender.movielens-100k-pairs"
+    card.write_text("without markers\n")
+    assert cli.main(["controls", study, "--card", str(card)]) == cli.BAD_INPUT
+    assert f"expected <!-- zoo:{study} -->" in capsys.readouterr().err
+    assert cli.main(["controls", study, "--figure", str(tmp_path / "x.png")]) == cli.BAD_INPUT
+    assert f"Unknown model {study!r}" in capsys.readouterr().err
+    assert card.read_text() == "without markers\n"
+
+
 def test_cards_show_the_controls_that_are_kept_beside_them() -> None:
     home = cards.shipped_folder("model_cards")
     kept = sorted((home / "controls").glob("*.json"))

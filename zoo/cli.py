@@ -837,8 +837,9 @@ def _finetune(options: argparse.Namespace) -> int:
 
 
 def _controls(options: argparse.Namespace) -> int:
-    from zoo import controls
+    from zoo import cards, controls
 
+    task = cards.find(options.name).task if options.figure else ""  # refused before anything else
     if options.record:
         controls.check_recordable(options.name, options.record, out=options.out, only=options.only)
     if options.card:
@@ -859,11 +860,10 @@ def _controls(options: argparse.Namespace) -> int:
         command = " ".join([*_command("controls", given, options.name), *only])
         controls.keep(options.name, arms, options.card, command)
     if options.figure:
-        from zoo import cards, figures
+        from zoo import figures
 
-        unit = figures.loss_unit(cards.find(options.name).task)
         runs = controls.finished_runs(options.name, options.out)
-        figures.draw_controls(runs, unit, Path(options.figure))
+        figures.draw_controls(runs, figures.loss_unit(task), Path(options.figure))
     if options.json:
         from zoo.configs import to_json
 
