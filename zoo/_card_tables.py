@@ -41,11 +41,28 @@ def fill_file(path: Path, marker: str, content: str) -> None:
     """As `fill`, in a file such as a README.
 
     Raises:
-        ConfigError: When it does not have both markers exactly once, in that order.
+        ConfigError: When it cannot be read, or does not have both markers exactly once, in that
+            order.
         CheckpointError: When it cannot be written.
     """
-    text = fill(path.read_text(encoding="utf-8"), marker, content, where=str(path))
-    files.write_bytes(path, text.encode())
+    files.write_bytes(path, _filled(path, marker, content).encode())
+
+
+def check_file(path: Path, marker: str) -> None:
+    """Check that `fill_file` will find its place, before there is anything to put there.
+
+    Raises:
+        ConfigError: As of `fill_file`.
+    """
+    _filled(path, marker, "")
+
+
+def _filled(path: Path, marker: str, content: str) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a card or README: {error}") from error
+    return fill(text, marker, content, where=str(path))
 
 
 def fill_all(

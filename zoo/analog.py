@@ -7,7 +7,6 @@ several draws, and has a mean and a spread over them.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import shlex
 import statistics
@@ -21,7 +20,7 @@ from zoo.errors import ConfigError, ZooError, nearest
 from zoo.families.sau_shufflenet.analog import AnalogConfig, Scale, to_analog
 from zoo.files import RECIPE_FILE, RESULTS_FILE, write_json
 from zoo.progress import track
-from zoo.provenance import versions
+from zoo.provenance import made_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -227,9 +226,7 @@ def record(
     for one in sweeps[1:]:
         words += ["--beside", one.name]
     found = {
-        "command": shlex.join(words),
-        "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        **made_by(shlex.join(words)),
         "settings": to_json(settings),
         "sweeps": [to_json(one) for one in sweeps],
     }

@@ -855,9 +855,8 @@ def _controls(options: argparse.Namespace) -> int:
     if options.record:
         controls.record(arms, options.record)
     if options.card:
-        given = {"seeds": options.seeds}
-        only = ["--only", *options.only] if options.only else []
-        command = " ".join([*_command("controls", given, options.name), *only])
+        given = {"seeds": options.seeds, "only": options.only}
+        command = " ".join(_command("controls", given, options.name))
         controls.keep(options.name, arms, options.card, command)
     if options.figure:
         from zoo import figures
@@ -888,7 +887,7 @@ def _controls(options: argparse.Namespace) -> int:
     return OK
 
 
-def _command(verb: str, given: Mapping[str, Sequence[int] | None], *arguments: str) -> list[str]:
+def _command(verb: str, given: Mapping[str, Sequence[object] | None], *arguments: str) -> list[str]:
     """The words that a command was given, less what was left out."""
     words = ["zoo", verb, *arguments]
     for option, values in given.items():

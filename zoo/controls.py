@@ -11,7 +11,6 @@ different seeds at once.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import gc
 import math
 import os
@@ -24,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 from zoo import _card_tables, cards, evaluation, training
 from zoo.cards import Control, shipped_folder
 from zoo.configs import build, to_json
-from zoo.errors import ConfigError, UnknownNameError, ZooError, nearest
+from zoo.errors import UnknownNameError, ZooError, nearest
 from zoo.files import RESULTS_FILE, WEIGHTS_FILE, read_json, write_json
 from zoo.intervals import bootstrap_interval, student_quantile
 from zoo.progress import track
-from zoo.provenance import versions
+from zoo.provenance import made_by, versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -306,11 +305,7 @@ def check_keepable(name: str, card: str | os.PathLike[str]) -> None:
         raise ZooError(
             f"{name} is a weight; the controls of a weight are kept with --record FOLDER."
         )
-    try:
-        text = Path(card).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{card}: cannot be read as a card: {error}") from error
-    _card_tables.fill(text, name, "", where=str(card))
+    _card_tables.check_file(Path(card), name)
 
 
 def keep(
@@ -335,9 +330,7 @@ def keep(
     check_keepable(name, card)
     _refuse_missing([], any_control=bool(controls))
     content = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        **made_by(command),
         "controls": [to_json(control) for control in controls],
     }
     path = Path(card).parent / "controls" / f"{name}.json"

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-__all__ = ["machine", "source_commit", "versions"]
+__all__ = ["machine", "made_by", "source_commit", "versions"]
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     found = {name: version(name) for name in ("torch", "lightning", "timm")}
     return {"python": platform.python_version(), **found}
+
+
+def made_by(command: str) -> dict[str, Any]:
+    """What a kept record says of itself: its command, today's date and `versions`."""
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+    }
 
 
 def machine() -> str:

@@ -8,7 +8,6 @@ kept, so the command can be interrupted and repeated.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from zoo.errors import ConfigError, ZooError
 from zoo.files import read_json, write_json
 from zoo.intervals import Summary, summarise
 from zoo.progress import track
-from zoo.provenance import versions
+from zoo.provenance import made_by
 
 __all__ = [
     "NAME",
@@ -149,9 +148,7 @@ def write(arms: Sequence[Arm], path: str | os.PathLike[str], command: str = "zoo
     write_json(
         Path(path),
         {
-            "command": command,
-            "date": datetime.date.today().isoformat(),
-            "versions": versions(),
+            **made_by(command),
             "arms": [dataclasses.asdict(arm) for arm in arms],
             "dselect_k_less_top_k": [dataclasses.asdict(d) for d in differences(arms)],
         },

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import datetime
 import os
 import shutil
 import tempfile
@@ -33,7 +32,7 @@ from zoo.evaluation import Outcome
 from zoo.files import read_json, write_json
 from zoo.intervals import Summary, summarise, wilson_interval
 from zoo.progress import track
-from zoo.provenance import versions
+from zoo.provenance import made_by
 
 __all__ = ["EXAMPLES", "Example", "Point", "markdown", "rows", "run", "update_readme", "write"]
 
@@ -689,9 +688,7 @@ def write(
             "example": name,
             "base": os.fspath(_start(name, base, folder)),
             "unit": example.unit,
-            "command": command or f"zoo transfer {name}",
-            "date": datetime.date.today().isoformat(),
-            "versions": versions(),
+            **made_by(command or f"zoo transfer {name}"),
             "points": [dataclasses.asdict(point) | {"verdict": point.verdict} for point in points],
         },
     )
